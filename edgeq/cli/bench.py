@@ -1,0 +1,140 @@
+"""Measure how fast a model reads prompts and generates text."""
+
+import csv
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+import click
+
+from edgeq.cli._terminal import Status, human, note, peak_ram
+
+if TYPE_CHECKING:
+    from edgeq.bench import Row
+
+
+def _counts(ctx: click.Context, param: click.Parameter, value: str) -> list[int]:
+    """Comma-separated counts, such as 128,512."""
+    try:
+        numbers = [int(word) for word in value.split(",")]
+    except ValueError:
+        numbers = [-1]
+    if min(numbers) < 0:
+        raise click.BadParameter(f"{value!r}: expected counts such as 512 or 128,512")
+    return numbers
+
+
+@click.command()
+@click.argument("model")
+@click.option(
+    "-p",
+    "--n-prompt",
+    callback=_counts,
+    metavar="N,...",
+    default="512",
+    help="Prompt lengths. [512]",
+)
+@click.option(
+    "-n",
+    "--n-gen",
+    callback=_counts,
+    metavar="N,...",
+    default="128",
+    help="Tokens to generate. [128]",
+)
+@click.option("-d", "--n-depth", type=click.IntRange(0), default=0, help="Tokens before. [0]")
+@click.option("-t", "--threads", type=click.IntRange(1), help="Threads. [one per core]")
+@click.option("-r", "--repetitions", type=click.IntRange(1), default=5, help="Repetitions. [5]")
+@click.option(
+    "-o",
+    "--output",
+    type=click.Choice(["md", "csv", "json", "jsonl"]),
+    default="md",
+    help="Format of the results. [md]",
+)
+def command(
+    model: str,
+    n_prompt: list[int],
+    n_gen: list[int],
+    n_depth: int,
+    threads: int | None,
+    repetitions: int,
+    output: str,
+) -> None:
+    """Measure how fast MODEL reads prompts (pp) and generates (tg): tokens per second, mean ± σ.
+
+    Columns and JSON fields are named as in llama-bench. 0 leaves a kind of test out.
+    """
+    from edgeq import bench, hub
+
+    status = Status()
+    try:
+        rows = bench.run(
+            hub.model(model),
+            prompts=[n for n in n_prompt if n],
+            gens=[n for n in n_gen if n],
+            threads=threads,
+            reps=repetitions,
+            depth=n_depth,
+            progress=status,
+            on_compile=status.compiling(),
+        )
+    finally:
+        status.clear()
+    click.echo(_FORMATS[output](rows))
+    note(f"peak RAM {human(peak_ram())}")
+
+
+def _markdown(rows: "Sequence[Row]") -> str:
+    lines = [
+        "| model | size | params | backend | threads | test | t/s |",
+        "| --- | ---: | ---: | --- | ---: | ---: | ---: |",
+    ]
+    for row in rows:
+        cells = (
+            row.model_type,
+            human(row.model_size),
+            _billions(row.model_n_params),
+            row.backends,
+            row.n_threads,
+            _test(row),
+            f"{row.avg_ts:.2f} ± {row.stddev_ts:.2f}",
+        )
+        lines.append(f"| {' | '.join(str(cell) for cell in cells)} |")
+    return "\n".join(lines)
+
+
+def _billions(count: int) -> str:
+    """
+    >>> _billions(1_100_048_384), _billions(7_344_384)
+    ('1.10 B', '7.34 M')
+    """
+    return f"{count / 1e9:.2f} B" if count >= 1e9 else f"{count / 1e6:.2f} M"
+
+
+def _test(row: "Row") -> str:
+    kind = f"pp{row.n_prompt}" if row.n_prompt else f"tg{row.n_gen}"
+    return f"{kind} @ d{row.n_depth}" if row.n_depth else kind
+
+
+def _csv(rows: "Sequence[Row]") -> str:
+    """One line per test, without the lists of single samples."""
+    plain = [{k: v for k, v in asdict(row).items() if not isinstance(v, list)} for row in rows]
+    text = io.StringIO()
+    writer = csv.DictWriter(text, plain[0] if plain else [], quoting=csv.QUOTE_ALL)
+    writer.writeheader()
+    writer.writerows(plain)
+    return text.getvalue().rstrip()
+
+
+def _json(rows: "Sequence[Row]") -> str:
+    return json.dumps([asdict(row) for row in rows], indent=2)
+
+
+def _jsonl(rows: "Sequence[Row]") -> str:
+    return "\n".join(json.dumps(asdict(row)) for row in rows)
+
+
+_FORMATS = {"md": _markdown, "csv": _csv, "json": _json, "jsonl": _jsonl}

@@ -1,0 +1,142 @@
+"""Turn a Hugging Face checkpoint, or a GGUF file of floats, into a quantized GGUF file."""
+
+import json
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import click
+
+from edgeq.cli._terminal import human, note
+
+if TYPE_CHECKING:
+    from edgeq.pipeline import ConversionReport
+
+_STARTING = "starting (first use compiles)"
+
+
+@click.command()
+@click.argument("src")
+@click.option("-o", "--out", type=click.Path(), help="File or folder to write. [current folder]")
+@click.option("-t", "--type", "recipe", default="Q4_K_M", help="Recipe, or a recipe file. [Q4_K_M]")
+@click.option("--method", default="search", help="Quantizer: search or rtn (fast). [search]")
+@click.option("--force", is_flag=True, help="Replace an existing file.")
+@click.option("--threads", type=click.IntRange(1), help="Threads for quantizing. [one per core]")
+@click.option("--allow-requantize", is_flag=True, help="Accept a source already quantized.")
+@click.option("--json", "as_json", is_flag=True, help="Print the report as one JSON object.")
+def command(
+    src: str,
+    out: str | None,
+    recipe: str,
+    method: str,
+    force: bool,
+    threads: int | None,
+    allow_requantize: bool,
+    as_json: bool,
+) -> None:
+    """Turn SRC into a quantized GGUF file.
+
+    SRC is a checkpoint folder (safetensors), a GGUF file of floats, or user/repo on the Hugging
+    Face Hub. An interrupted conversion leaves no file behind.
+    """
+    from edgeq import hub, pipeline
+
+    source = hub.checkpoint(src)
+    with _stoppable() as check, _progress(check) as advance:
+        report = pipeline.run(
+            source,
+            out,
+            recipe,
+            method=method,
+            force=force,
+            threads=threads,
+            progress=advance,
+            allow_requantize=allow_requantize,
+        )
+    for warning in report.warnings:
+        note(f"warning: {warning}")
+    click.echo(json.dumps(_document(report), indent=1) if as_json else _summary(report))
+
+
+@contextmanager
+def _stoppable() -> Iterator[Callable[[], None]]:
+    """Ctrl-C and its kin take effect when the yielded function is called; a second one at once.
+
+    Between the steps of the work nothing is half done, so nothing is left behind.
+    """
+    received: list[int] = []
+
+    def on_signal(number: int, frame: object) -> None:
+        received.append(number)
+        if len(received) > 1:
+            check()
+        note("stopping after this step")
+
+    def check() -> None:
+        if received[:1] == [signal.SIGINT]:
+            raise KeyboardInterrupt
+        if received:
+            sys.exit(128 + received[0])
+
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = [(number, signal.signal(number, on_signal)) for number in numbers]
+    try:
+        yield check
+    finally:
+        for number, handler in before:
+            signal.signal(number, handler)
+
+
+@contextmanager
+def _progress(check: Callable[[], None]) -> Iterator[Callable[[int, int, str], None]]:
+    """A bar on stderr, shown to a person only; each step is also an occasion to stop."""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.table import Column
+
+    console = Console(stderr=True)
+    name = TextColumn("{task.description}", table_column=Column(width=30, no_wrap=True))
+    columns = (name, BarColumn(), TextColumn("{task.percentage:>3.0f} %"), TimeRemainingColumn())
+    bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+    with bar:
+        task = bar.add_task(_STARTING, total=None)
+
+        def advance(done: int, total: int, tensor: str) -> None:
+            check()
+            shown = escape(tensor) if 100 * done > total else _STARTING
+            bar.update(task, completed=done, total=total, description=shown)
+
+        yield advance
+
+
+def _summary(report: "ConversionReport") -> str:
+    return (
+        f"{report.path}: {report.recipe}, {human(report.nbytes)}, "
+        f"{report.bits_per_weight:.2f} bits per weight, "
+        f"relative error {report.relative_rmse:.4f}, {report.seconds:.1f} s"
+    )
+
+
+def _document(report: "ConversionReport") -> dict[str, object]:
+    return {
+        "file": str(report.path),
+        "recipe": report.recipe,
+        "size": report.nbytes,
+        "bits_per_weight": round(report.bits_per_weight, 4),
+        "relative_rmse": round(report.relative_rmse, 6),
+        "seconds": round(report.seconds, 3),
+        "warnings": list(report.warnings),
+        "tensors": [
+            {
+                "name": tensor.name,
+                "shape": list(tensor.shape),
+                "format": tensor.format,
+                "bytes": tensor.nbytes,
+                "relative_rmse": round(tensor.relative_rmse, 6),
+            }
+            for tensor in report.tensors
+        ],
+    }

@@ -1,0 +1,186 @@
+"""A file that appears under its name only when it is complete.
+
+The bytes go to NAME.part, allocated in full before the first is written, so a full disk shows at
+once. Then: fsync, rename, fsync of the folder. Whatever stops the work before the rename leaves the
+name as it was.
+"""
+
+import contextlib
+import errno
+import fcntl
+import os
+import shutil
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+from edgeq.errors import ResourceError
+
+__all__ = ["PartFile"]
+
+_MARGIN = 64 << 20  # bytes, at most, that stay free on the disk beyond the file's own
+_PIECE = 16 << 20  # bytes per system call, so that Ctrl-C is seen in time
+_SYNC_EVERY = 256 << 20  # bytes; bounds what is lost, and the stall, when the disk is slow
+
+
+class PartFile:
+    """NAME.part of `size` bytes, open for writing at any place; `commit` or `abort` ends it.
+
+    Raises ResourceError when `path` exists (unless `force`), the disk lacks the space, or another
+    process is writing the same file.
+    """
+
+    def __init__(self, path: Path, size: int, *, force: bool = False) -> None:
+        self.path = path
+        self.part = path.with_name(path.name + ".part")
+        self.size = size
+        self.force = force
+        self._unsynced = 0
+        self._refuse_existing()
+        self._fd = self._open()
+        try:
+            self._reserve()
+        except BaseException:
+            self.abort()
+            raise
+
+    def pwrite(self, offset: int, data: memoryview) -> None:
+        """Write all of `data` (bytes) at `offset`. Safe to call from several threads."""
+        with _reported(self.part):
+            for start in range(0, len(data), _PIECE):
+                _write_all(self._fd, data[start : start + _PIECE], offset + start)
+            self._unsynced += len(data)
+            if self._unsynced >= _SYNC_EVERY:
+                self._unsynced = 0
+                os.fdatasync(self._fd)
+
+    def pread(self, offset: int, size: int) -> bytes:
+        """`size` bytes at `offset`, as the file holds them."""
+        with _reported(self.part):
+            return os.pread(self._fd, size, offset)
+
+    def sync(self) -> None:
+        """Wait until everything written is on the disk."""
+        with _reported(self.part):
+            os.fsync(self._fd)
+
+    def commit(self) -> None:
+        """Check the size, give the file its name and make both durable."""
+        self.sync()
+        found = os.fstat(self._fd).st_size
+        if found != self.size:
+            raise ResourceError(f"{self.part}: has {found} bytes: expected {self.size}")
+        self._refuse_existing()
+        with _reported(self.path):
+            os.replace(self.part, self.path)
+            fd, self._fd = self._fd, -1
+            os.close(fd)
+            _sync_folder(self.path.parent)
+
+    def abort(self) -> None:
+        """Remove NAME.part, unless it has been committed."""
+        if self._fd < 0:
+            return
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self.part)
+        os.close(self._fd)
+        self._fd = -1
+
+    def _refuse_existing(self) -> None:
+        if self.path.is_dir():
+            raise ResourceError(f"{self.path}: is a folder: give the name of a file")
+        if not self.force and os.path.lexists(self.path):
+            raise ResourceError(f"{self.path}: exists already: use force to replace it")
+
+    def _open(self) -> int:
+        with _reported(self.part):
+            fd = os.open(self.part, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+        try:
+            self._lock(fd)
+        except BaseException:
+            os.close(fd)
+            raise
+        return fd
+
+    def _lock(self, fd: int) -> None:
+        """Own the file, or leave it alone: another process may be writing or just renaming it."""
+        busy = ResourceError(f"{self.part}: another process is writing it: wait, or end that one")
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise busy from error
+        except OSError:  # some network file systems have no locks: go on without
+            pass
+        try:
+            named = os.stat(self.part, follow_symlinks=False)
+        except FileNotFoundError as error:
+            raise busy from error
+        if not os.path.samestat(os.fstat(fd), named) or not stat.S_ISREG(named.st_mode):
+            raise busy
+
+    def _reserve(self) -> None:
+        with _reported(self.part):
+            os.ftruncate(self._fd, 0)  # what an earlier run left counts as free space
+        free = shutil.disk_usage(self.path.parent).free
+        needed = self.size + min(self.size // 20, _MARGIN)
+        if free < needed:
+            raise self._no_space(needed, free)
+        try:
+            _allocate(self._fd, self.size)
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise self._no_space(self.size, free) from error
+            raise _explained(self.part, error) from error
+
+    def _no_space(self, needed: int, free: int) -> ResourceError:
+        advice = "free some space or write to another disk"
+        return ResourceError(f"{self.path}: needs {needed} bytes, {free} are free: {advice}")
+
+
+def _allocate(fd: int, size: int) -> None:
+    """Claim the disk space of a file; file systems that cannot get the length only."""
+    try:
+        os.posix_fallocate(fd, 0, size)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP, errno.ENODEV):
+            raise
+        os.ftruncate(fd, size)
+    except AttributeError:  # macOS
+        os.ftruncate(fd, size)
+
+
+def _write_all(fd: int, data: memoryview, offset: int) -> None:
+    while data:
+        written = os.pwrite(fd, data, offset)
+        data = data[written:]
+        offset += written
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename durable."""
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # FAT and some network file systems cannot
+            raise
+    finally:
+        os.close(fd)
+
+
+@contextlib.contextmanager
+def _reported(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise _explained(path, error) from error
+
+
+def _explained(path: Path, error: OSError) -> ResourceError:
+    advice = {
+        errno.ENOENT: ": create the folder first",
+        errno.ENOSPC: ": free some space or write to another disk",
+        errno.EFBIG: ": the file system or a limit of this session forbids files of this size",
+        errno.EIO: ": the disk or card may be failing; do not trust it",
+    }.get(error.errno or 0, "")
+    return ResourceError(f"{path}: cannot be written: {error.strerror}{advice}")

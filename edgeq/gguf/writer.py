@@ -1,0 +1,164 @@
+"""Write a GGUF file, tensor by tensor in any order, so that it is complete or not there at all."""
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgeq.blocks import row_bytes
+from edgeq.errors import FormatError, ResourceError
+from edgeq.gguf.header import read_header
+from edgeq.gguf.layout import (
+    DEFAULT_ALIGNMENT,
+    MAGIC,
+    MAX_ALIGNMENT,
+    U32,
+    U64,
+    TensorSpec,
+    aligned,
+)
+from edgeq.gguf.partfile import PartFile
+from edgeq.gguf.values import write_value
+from edgeq.text import printable
+
+__all__ = ["GgufWriter"]
+
+_VERSION = 3
+
+
+class GgufWriter:
+    """A GGUF file in the making; use it in a `with` statement.
+
+    The layout is fixed, and checked by the reader's own rules, when the object is made; entering
+    claims the disk space; leaving syncs, checks and names the file, or removes every trace after an
+    exception, Ctrl-C included. Values in `metadata` may be int (stored as uint32 where it fits),
+    float (float32), bool, str, lists of these, and NumPy scalars and arrays, which keep their type.
+
+    Raises FormatError for metadata or tensors that GGUF cannot hold, ResourceError when the file
+    exists (unless `force`) or the disk lacks the space.
+
+    >>> import tempfile
+    >>> from edgeq.blocks import get
+    >>> from edgeq.gguf import open_gguf
+    >>> path = Path(tempfile.mkdtemp()) / "tiny.gguf"
+    >>> specs = [TensorSpec("output_norm.weight", (4,), get("F32"))]
+    >>> with GgufWriter(path, {"general.name": "tiny"}, specs) as writer:
+    ...     writer.write("output_norm.weight", np.ones(4, np.float32))
+    >>> with open_gguf(path) as gguf:
+    ...     gguf.metadata["general.name"], gguf.tensors["output_norm.weight"].shape
+    ('tiny', (4,))
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        metadata: Mapping[str, Any],
+        tensors: Sequence[TensorSpec],
+        *,
+        force: bool = False,
+    ) -> None:
+        self.path = Path(path)
+        self.force = force
+        self._header, self.nbytes = _build(metadata, tensors, _alignment(metadata))
+        checked = read_header(self._header, self.nbytes, str(self.path))
+        self._tensors = checked.tensors
+        self._missing = set(checked.tensors)
+        self._file: PartFile | None = None
+
+    def __enter__(self) -> Self:
+        self._file = PartFile(self.path, self.nbytes, force=self.force)
+        try:
+            # The magic comes last: what a power cut leaves behind is no GGUF file.
+            self._file.pwrite(len(MAGIC), memoryview(self._header)[len(MAGIC) :])
+        except BaseException:
+            self._file.abort()
+            raise
+        return self
+
+    def write(self, name: str, data: NDArray[Any] | bytes | bytearray | memoryview) -> None:
+        """Bytes of one tensor, in any order; may be called from several threads.
+
+        Raises FormatError when the name or the number of bytes is not what was declared.
+        """
+        info = self._tensors.get(name)
+        if info is None or self._file is None:
+            raise FormatError(f"{self.path}: tensor {printable(name)} was not declared, or is late")
+        raw = _as_bytes(data)
+        if len(raw) != info.nbytes:
+            sizes = f"{len(raw)} bytes: expected {info.nbytes}"
+            raise FormatError(f"{self.path}: tensor {name} has {sizes}")
+        self._file.pwrite(info.offset, raw)
+        self._missing.discard(name)
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        at: TracebackType | None,
+    ) -> None:
+        file, self._file = self._file, None
+        if file is None:
+            return
+        try:
+            if error is None:
+                self._finish(file)
+        finally:
+            file.abort()  # does nothing after a commit
+
+    def _finish(self, file: PartFile) -> None:
+        if self._missing:
+            names = ", ".join(sorted(self._missing)[:10])
+            raise FormatError(f"{self.path}: {len(self._missing)} tensors not written: {names}")
+        file.sync()
+        file.pwrite(0, memoryview(MAGIC))
+        if file.pread(0, len(self._header)) != self._header:
+            raise ResourceError(f"{file.part}: reads back differently: the disk may be failing")
+        file.commit()
+
+
+def _alignment(metadata: Mapping[str, Any]) -> int:
+    """The alignment to lay out with; the reader's rules refuse a bad one afterwards."""
+    value = metadata.get("general.alignment", DEFAULT_ALIGNMENT)
+    usable = isinstance(value, int | np.integer) and 0 < value <= MAX_ALIGNMENT
+    return int(value) if usable else DEFAULT_ALIGNMENT
+
+
+def _build(
+    metadata: Mapping[str, Any], tensors: Sequence[TensorSpec], alignment: int
+) -> tuple[bytes, int]:
+    """Everything before the tensor data, padded, and the size of the whole file."""
+    parts = [MAGIC, U32.pack(_VERSION), U64.pack(len(tensors)), U64.pack(len(metadata))]
+    for key, value in metadata.items():
+        parts += [_string(key), write_value(value, key)]
+    offset = 0
+    for spec in tensors:
+        parts.append(_entry(spec, offset))
+        size = math.prod(spec.shape[:-1]) * row_bytes(spec.format, spec.shape[-1])
+        offset = aligned(offset + size, alignment)
+    head = b"".join(parts)
+    head += bytes(aligned(len(head), alignment) - len(head))
+    return head, len(head) + offset
+
+
+def _entry(spec: TensorSpec, offset: int) -> bytes:
+    if not spec.shape or min(spec.shape) < 1:
+        raise FormatError(f"tensor {printable(spec.name)}: shape {spec.shape}: expected sizes >= 1")
+    dims = b"".join(U64.pack(dim) for dim in reversed(spec.shape))
+    place = U32.pack(spec.format.ggml_type) + U64.pack(offset)
+    return _string(spec.name) + U32.pack(len(spec.shape)) + dims + place
+
+
+def _string(text: str) -> bytes:
+    raw = text.encode("utf-8", "surrogateescape")
+    return U64.pack(len(raw)) + raw
+
+
+def _as_bytes(data: NDArray[Any] | bytes | bytearray | memoryview) -> memoryview:
+    if isinstance(data, np.ndarray):
+        return np.ascontiguousarray(data).reshape(-1).view(np.uint8).data
+    return memoryview(data).cast("B")

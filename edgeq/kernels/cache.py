@@ -1,0 +1,145 @@
+"""Compiled kernels on disk, as plain object code: one file per kernel in a folder per CPU,
+instruction set and source.
+
+A second start maps what the first one compiled and imports neither Numba nor a compiler. An entry
+that is missing, cut short, altered or somebody else's is compiled again, never fatal. The folder is
+private (0700): object code is as trusted as edgeq itself.
+"""
+
+import ctypes
+import hashlib
+import json
+import os
+import stat
+import sys
+import tempfile
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from edgeq.data import find
+
+__all__ = ["Loader", "folder", "read", "write"]
+
+MAGIC = b"edgeq kernel 1\n"
+
+
+def root() -> Path:
+    """EDGEQ_CACHE, else the user's cache folder; a private temporary folder where that is not
+    writable or not ours.
+    """
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    path = Path(os.environ.get("EDGEQ_CACHE") or Path(home) / "edgeq")
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if os.name == "posix":
+            status = path.stat()
+            if status.st_uid != os.getuid():
+                raise PermissionError
+            if stat.S_IMODE(status.st_mode) & 0o022:
+                path.chmod(0o700)
+        if not os.access(path, os.W_OK):
+            raise PermissionError
+    except OSError:
+        return _temporary()
+    return path
+
+
+@cache
+def _temporary() -> Path:
+    return Path(tempfile.mkdtemp(prefix="edgeq-"))
+
+
+@cache
+def folder(isa: ModuleType) -> Path:
+    """Folder of the kernels for this CPU, instruction set, source and compiler."""
+    return root() / f"kernels-{_digest(isa)}"
+
+
+def _digest(isa: ModuleType) -> str:
+    import llvmlite.binding as llvm
+
+    digest = hashlib.sha256()
+    here = Path(__file__).parent
+    blocks = [here.parent / "blocks.py", here.parent / "blockformat.py"]
+    for path in sorted([*here.rglob("*.py"), *find("formats").glob("*.toml"), *blocks]):
+        digest.update(path.read_bytes())
+    facts = [isa.NAME, sys.version.split()[0], *(_version(name) for name in ("llvmlite", "numba"))]
+    facts += [llvm.get_host_cpu_name(), llvm.get_host_cpu_features().flatten()]
+    facts += [os.environ.get(name, "") for name in ("NUMBA_CPU_NAME", "NUMBA_CPU_FEATURES")]
+    digest.update("\n".join(facts).encode())
+    return digest.hexdigest()[:20]
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "none"
+
+
+def _file(where: Path, name: str) -> Path:
+    return where / (name.replace("/", "-") + ".o")
+
+
+def _seal(name: str, symbol: str, code: bytes) -> str:
+    """Digest of everything that an entry says, its name too."""
+    return hashlib.sha256(f"{name}\n{symbol}\n".encode() + code).hexdigest()
+
+
+def write(where: Path, name: str, symbol: str, code: bytes) -> None:
+    """Store a compiled kernel in a folder; complete or not at all."""
+    path = _file(where, name)
+    path.parent.mkdir(mode=0o700, exist_ok=True)
+    head = {"symbol": symbol, "bytes": len(code), "sha256": _seal(name, symbol, code)}
+    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+        file.write(MAGIC + json.dumps(head).encode() + b"\n" + code)
+    os.replace(file.name, path)
+
+
+def read(where: Path, name: str) -> tuple[str, bytes] | None:
+    """(symbol, object code), or None when there is no sound entry."""
+    try:
+        data = _file(where, name).read_bytes()
+        if not data.startswith(MAGIC):
+            return None
+        line, _, code = data[len(MAGIC) :].partition(b"\n")
+        head = json.loads(line)
+        symbol = str(head["symbol"])
+        return (symbol, code) if head["sha256"] == _seal(name, symbol, code) else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+class Loader:
+    """Maps object code into the process; the code lives as long as the loader.
+
+    Each object has an engine of its own: kernels compiled in different processes may use the same
+    symbol.
+    """
+
+    def __init__(self) -> None:
+        import llvmlite.binding as llvm
+
+        llvm.initialize_native_target()
+        llvm.initialize_native_asmprinter()
+        self._llvm = llvm
+        self._engines: list[Any] = []
+
+    def add(self, symbol: str, code: bytes) -> int:
+        """Address of the function `symbol` of an object file."""
+        llvm = self._llvm
+        machine = llvm.Target.from_default_triple().create_target_machine(jit=True)
+        engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), machine)
+        engine.add_object_file(llvm.ObjectFileRef.from_data(code))
+        engine.finalize_object()
+        self._engines.append(engine)
+        return int(engine.get_function_address(symbol))
+
+
+def callable_at(address: int) -> Any:
+    """Python function of a kernel; calling it releases the interpreter lock."""
+    word = ctypes.c_ssize_t
+    return ctypes.CFUNCTYPE(None, word, word, word)(address)

@@ -1,0 +1,65 @@
+"""Compile kernels by name, in a process of its own: `python -m edgeq.kernels.compile FOLDER
+NAME...`.
+
+The child imports Numba and LLVM's optimizer; the engine's process then needs neither. Each finished
+name is printed.
+"""
+
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from numba import cfunc
+
+from edgeq import blocks
+from edgeq.errors import KernelError
+from edgeq.kernels import activations, attention, cache, matmul, sync
+from edgeq.kernels import isa as isas
+from edgeq.kernels.words import SIGNATURE
+
+__all__ = ["body", "compile_kernel"]
+
+
+def body(name: str, isa: ModuleType) -> Any:
+    """The Python body of a kernel: its name is an op, or op/format, or op/number."""
+    op, _, variant = name.partition("/")
+    by_format = {"matvec": matmul.matvec, "matmul": matmul.matmul, "embed": activations.embed}
+    by_number = {"prepare": activations.prepare, "attend": attention.attend}
+    single = {
+        "gather": activations.gather,
+        "rope": attention.rope,
+        "walk": sync.walk,
+        "post": sync.post,
+        "serve": sync.serve,
+    }
+    if op in by_format:
+        return by_format[op](isa, blocks.get(variant))
+    if op in by_number:
+        return by_number[op](isa, int(variant))
+    if op in single:
+        return single[op](isa)
+    raise KernelError(f"kernel {name!r}: unknown")
+
+
+def compile_kernel(name: str, isa: ModuleType) -> tuple[str, bytes]:
+    """(symbol, object code)."""
+    # No fastmath here: Numba would put it on emitted arithmetic too, whose rounding tricks rely on
+    # order.
+    compiled = cfunc(SIGNATURE, error_model="numpy")(body(name, isa))
+    _, _, (code, _) = compiled._library.serialize_using_object_code()
+    if b"numba_unpickle" in code:  # its body can raise: it would need the interpreter
+        raise KernelError(f"kernel {name}: compiles to code that can raise a Python exception")
+    return compiled.native_name, code
+
+
+def main(folder: str, *names: str) -> None:
+    """Compile kernels into a folder of the cache."""
+    isa = isas.choose()
+    for name in names:
+        cache.write(Path(folder), name, *compile_kernel(name, isa))
+        print(name, flush=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,32 @@
+"""x86-64 with AVX-512 F/BW/VL and VNNI (Ice Lake 2019, Zen 4 2022 and later)."""
+
+from collections.abc import Sequence
+
+from edgeq.kernels.isa import avx2, avxvnni
+from edgeq.kernels.isa.avx2 import from_f16, pause, to_f16
+from edgeq.kernels.llvm import I8, I32, Emit, Value, vector
+
+__all__ = ["dot", "from_f16", "lookup", "pause", "to_f16"]
+
+NAME = "avx512vnni"
+RANK = 40
+NEEDS = frozenset({"avx512f", "avx512bw", "avx512vl", "avx512vnni", "fma", "f16c"})
+CPU = {"x86_64": "icelake-server"}
+WIDTH = 64
+TILE_COLS = 8
+OFFSET = 128
+
+
+def dot(e: Emit, acc: Value, w: Value, x: Value, signed: bool) -> Value:
+    """vpdpbusd on 512 bits, or on 256 for a single group of 32."""
+    if w.type.count != 64:
+        return avxvnni.dot(e, acc, w, x, signed)
+    words = [e.b.bitcast(v, vector(I32, 16)) for v in (w, x)]
+    return e.call("llvm.x86.avx512.vpdpbusd.512", acc.type, [acc, *words])
+
+
+def lookup(e: Emit, table: Sequence[int], index: Value) -> Value:
+    """vpshufb on four quarters."""
+    if index.type.count != 64:
+        return avx2.lookup(e, table, index)
+    return e.call("llvm.x86.avx512.pshuf.b.512", index.type, [e.const(I8, list(table) * 4), index])

@@ -1,0 +1,86 @@
+"""Where things lie in the memory that Python and the kernels share: argument blocks, sync words,
+caches.
+
+Plain numbers, so that the engine's process reads them without importing a compiler.
+"""
+
+LINE = 16  # int64 words per cache line, and its neighbour that is fetched along
+ARRIVED, GENERATION, TASK, BLOCK, SPIN, IDLE_SPIN, YIELD, WALK, STOP = (LINE * i for i in range(9))
+SYNC_WORDS = 9 * LINE
+WORDS_PER_OP = 3  # kernel address, argument block, 1 if a barrier follows
+BLOCK_WORDS = 4  # program block: address of the ops, their count, sync block, threads
+
+TILE_KEYS = 16  # keys side by side in the K cache
+KEYS = 128  # keys per step of online softmax
+
+# Argument blocks, by kernel. Everywhere: state = [tokens, first position]; eps, scale: f32 bits;
+# strides in f32 words.
+
+# ids i32[tokens]; out f32[tokens][cols]
+EMBED = ("state", "ids", "w", "row_bytes", "cols", "out")
+
+# out_state = [rows to copy]: the last rows of x go to out
+GATHER = ("state", "out_state", "x", "out", "cols")
+
+# mode 0: h is there; 1: h = rms norm of x by weight; 2: h = silu(x) * weight. Then, if q != 0, h is
+# quantized. h f32[tokens][cols]; q, d, sums16, sums32 as rows.quantize_row leaves them; x_stride
+# also for weight in mode 2
+PREPARE = (
+    "state",
+    "mode",
+    "x",
+    "x_stride",
+    "weight",
+    "eps",
+    "cols",
+    "h",
+    "q",
+    "d",
+    "sums16",
+    "sums32",
+)
+
+# x, xd, xs: activations as rows.quantize_row leaves them (float formats: x f32[token][cols]);
+# bias: 0 or address of f32[rows]; add: 1 to add to out; group: panels unpacked at a time
+MATMUL = (
+    "state", "w", "rows", "cols", "row_bytes", "x", "xd", "xs", "out", "stride", "bias", "add",
+    "scratch", "scratch_bytes", "group",
+)  # fmt: skip
+
+# q, k, v f32[tokens][heads][head_dim]; cos, sin f32[tokens][pairs]; a pair is (i·step, i·step +
+# gap); q_norm, k_norm: 0 or f32[head_dim]; scale multiplies q. Caches of one layer, f16: K
+# [kv_head][context/16][head_dim][16], V [kv_head][context][padded head_dim]
+ROPE = (
+    "state", "q", "k", "v", "heads", "kv_heads", "head_dim", "pairs", "step", "gap", "cos", "sin",
+    "q_norm", "k_norm", "eps", "scale", "k_cache", "v_cache", "context",
+)  # fmt: skip
+
+# q f32[tokens][heads][head_dim] (rotated, scaled); out the same shape
+ATTEND = (
+    "state", "q", "heads", "kv_heads", "head_dim", "k_cache", "v_cache", "context", "out",
+    "scratch", "scratch_bytes",
+)  # fmt: skip
+
+
+def padded(head_dim: int) -> int:
+    """Head dimension of V in the cache: whole vectors of every instruction set."""
+    return (head_dim + 15) // 16 * 16
+
+
+def attend_scratch(head_dim: int, queries: int) -> int:
+    """Bytes per thread of an attention tile: queries, scores, sums and softmax statistics."""
+    return 4 * queries * (head_dim + KEYS + padded(head_dim) + 4)
+
+
+def panel_bytes(cols: int, group: int, lanes: int, plain: bool) -> int:
+    """Bytes of an unpacked panel: words of four codes (floats: one f32 each) and two scales per
+    group, for `lanes` rows.
+    """
+    return 4 * lanes * (cols if plain else cols // 4 + 2 * (cols // group))
+
+
+def matmul_scratch(panels: int, lanes: int, columns: int) -> int:
+    """Bytes per thread of a panel product: `panels` bytes of panels, a row buffer, a tile of
+    results.
+    """
+    return panels + 256 * lanes + 4 * lanes * columns

@@ -1,0 +1,154 @@
+"""A program: the flat list of ops that a model becomes, and the threads that walk it."""
+
+import ctypes
+import os
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from types import ModuleType
+
+import numpy as np
+
+from edgeq.errors import KernelError
+from edgeq.kernels import cache, load
+from edgeq.kernels.layout import (
+    BLOCK_WORDS,
+    IDLE_SPIN,
+    SPIN,
+    STOP,
+    SYNC_WORDS,
+    TASK,
+    WALK,
+    WORDS_PER_OP,
+    YIELD,
+)
+
+__all__ = ["Op", "Program", "Team", "aligned", "arguments"]
+
+BARRIER_SPINS = 100  # about a microsecond, then yield the core: others may need it
+IDLE_SPINS = 20000  # about half a millisecond between two tokens, then sleep
+
+
+def aligned(nbytes: int) -> np.ndarray:
+    """Zeroed uint8[nbytes] that starts on a cache line."""
+    raw = np.zeros(nbytes + 64, np.uint8)
+    start = -raw.ctypes.data % 64
+    return raw[start : start + nbytes]
+
+
+def arguments(names: Sequence[str], **values: int | float) -> np.ndarray:
+    """Argument block: one int64 word per name; a float becomes f32 bits.
+
+    >>> arguments(("rows", "eps"), rows=4, eps=1.0).tolist()
+    [4, 1065353216]
+    """
+    if set(names) != set(values):
+        raise KernelError(f"argument block: got {sorted(values)}: expected {sorted(names)}")
+    words = [values[name] for name in names]
+    bits = [int(np.float32(w).view(np.uint32)) if isinstance(w, float) else w for w in words]
+    return np.array(bits, np.int64)
+
+
+@dataclass(frozen=True)
+class Op:
+    """One kernel call; `barrier`: all threads must have finished it before the next op starts."""
+
+    kernel: str
+    args: np.ndarray
+    barrier: bool = True
+
+
+class Program:
+    """Ops with their kernels' addresses, ready to be walked by `threads` threads of a team."""
+
+    def __init__(
+        self, ops: Iterable[Op], addresses: dict[str, int], team: "Team", threads: int
+    ) -> None:
+        self._ops = list(ops)
+        words = [(addresses[op.kernel], op.args.ctypes.data, int(op.barrier)) for op in self._ops]
+        if words:
+            words[-1] = (*words[-1][:2], 1)  # the caller goes on only when everybody has finished
+        self._table = np.array(words, np.int64).reshape(-1, WORDS_PER_OP)
+        block = [self._table.ctypes.data, len(words), team.sync.ctypes.data, threads]
+        self._block = np.array(block, np.int64)
+        assert len(block) == BLOCK_WORDS
+        self._team, self._threads = team, threads
+
+    def run(self) -> None:
+        """Walk the ops; returns when all threads are done."""
+        self._team.run(self._block.ctypes.data, self._threads)
+
+
+def _yield_address() -> int:
+    """Address of the C library's sched_yield (Windows: SwitchToThread)."""
+    if os.name == "nt":
+        function = ctypes.WinDLL("kernel32").SwitchToThread  # type: ignore[attr-defined]
+    else:
+        function = ctypes.CDLL(None).sched_yield
+    return int(ctypes.cast(function, ctypes.c_void_p).value or 0)
+
+
+class Team:
+    """`threads` threads: the caller's and threads - 1 workers, which spin between tokens for a
+    moment and then sleep.
+    """
+
+    def __init__(
+        self,
+        isa: ModuleType,
+        threads: int,
+        cores: int,
+        progress: Callable[[str, int, int], None] | None = None,
+    ):
+        self.threads = threads
+        kernels = load(("walk", "post", "serve"), isa, progress)
+        self._walk, self._post, self._serve = (
+            cache.callable_at(kernels[k]) for k in ("walk", "post", "serve")
+        )
+        self.sync = aligned(8 * SYNC_WORDS).view(np.int64)
+        self.sync[WALK], self.sync[YIELD] = kernels["walk"], _yield_address()
+        alone = threads > cores  # a spinning thread would keep the one it waits for from running
+        self.sync[SPIN], self.sync[IDLE_SPIN] = (0, 0) if alone else (BARRIER_SPINS, IDLE_SPINS)
+        self._lock = threading.Lock()
+        self._asleep: list[threading.Event] = []
+        self._workers = [
+            threading.Thread(target=self._work, args=(i,), name=f"edgeq-{i}", daemon=True)
+            for i in range(1, threads)
+        ]
+        for worker in self._workers:
+            worker.start()
+
+    def run(self, block: int, threads: int) -> None:
+        """Walk the program at `block` with `threads` threads."""
+        if threads > 1:
+            self._announce(block)
+        self._walk(block, 0, threads)
+
+    def _announce(self, block: int) -> None:
+        with self._lock:
+            self._post(block, 0, 0)
+            sleepers, self._asleep = self._asleep, []
+        for event in sleepers:
+            event.set()
+
+    def _work(self, thread: int) -> None:
+        own = np.array([self.sync.ctypes.data, 0], np.int64)
+        event = threading.Event()
+        while not self.sync[STOP]:
+            self._serve(own.ctypes.data, thread, 0)
+            with self._lock:
+                if self.sync[TASK] != own[1] or self.sync[STOP]:
+                    continue
+                event.clear()
+                self._asleep.append(event)
+            event.wait()
+
+    def close(self) -> None:
+        """Stop the workers."""
+        self.sync[STOP] = 1
+        with self._lock:
+            sleepers, self._asleep = self._asleep, []
+        for event in sleepers:
+            event.set()
+        for worker in self._workers:
+            worker.join()

@@ -1,0 +1,266 @@
+"""A decoder-only transformer as a program of ops: the only place that knows the order of a layer's
+parts.
+
+Residual stream x f32 [tokens][embedding]. Per layer: norm, q k v, rope and cache, attention, output
+added to x; norm, gate and up, SiLU gate, down added to x. What reads a matrix product's input is
+prepared once (int8 with a scale per 32) and shared by its readers.
+"""
+
+import math
+from collections.abc import Iterable
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from edgeq.cache import KvCache
+from edgeq.kernels import layout
+from edgeq.kernels.program import Op, aligned, arguments
+from edgeq.models.arch import Arch
+from edgeq.models.weights import Layer, Matrix, Weights
+
+__all__ = ["FEW", "Transformer"]
+
+FEW = 7  # up to so many tokens weights are streamed row by row; above, panels are unpacked
+PANEL_BYTES = 192 * 1024  # unpacked panels that a thread keeps in its L2 cache
+DECODE_QUERIES = (1, 2, 4, 8)  # widths of the attention tile; the widest is for prompts
+
+
+class Transformer:
+    """Buffers and ops of a model for up to `batch` tokens at once, and logits of up to `outputs` of
+    them.
+    """
+
+    def __init__(
+        self,
+        arch: Arch,
+        weights: Weights,
+        kv: KvCache,
+        isa: ModuleType,
+        *,
+        threads: int,
+        batch: int,
+        outputs: int,
+    ) -> None:
+        self.arch, self.weights, self.kv, self.isa, self.threads = arch, weights, kv, isa, threads
+        self.state = np.zeros(2, np.int64)  # tokens in this batch, position of the first
+        self.out_state = np.zeros(2, np.int64)  # how many of the last tokens want logits
+        self.ids = np.zeros(batch, np.int32)
+        pairs = arch.rope.dim // 2
+        self.cos, self.sin = (
+            np.zeros((batch, pairs), np.float32),
+            np.zeros((batch, pairs), np.float32),
+        )
+        self._allocate(batch, outputs)
+
+    # -- buffers -----------------------------------------------------------------------------------
+    def _allocate(self, batch: int, outputs: int) -> None:
+        a = self.arch
+        q, kv = a.head_count * a.head_dim, a.head_count_kv * a.head_dim
+        rows = -(-batch // self.isa.TILE_COLS) * self.isa.TILE_COLS
+        widest = -(-max(a.embedding_length, q, a.feed_forward_length) // 32) * 32
+        self._bytes: dict[str, np.ndarray] = {}
+        floats = {
+            "x": batch * a.embedding_length,
+            "q": batch * q,
+            "k": batch * kv,
+            "v": batch * kv,
+            "gate": batch * a.feed_forward_length,
+            "up": batch * a.feed_forward_length,
+            "h": rows * widest,
+            "d": rows * widest // 32,
+            "sums16": rows * widest // 16,
+            "sums32": rows * widest // 32,
+            "last": outputs * a.embedding_length,
+        }
+        for name, count in floats.items():
+            self._bytes[name] = aligned(4 * count)
+        self._bytes["codes"] = aligned(rows * widest)
+        self.logits = aligned(4 * outputs * a.vocab_size).view(np.float32).reshape(outputs, -1)
+        self._scratch_bytes = -(-max(self._scratch_sizes()) // 64) * 64
+        self._scratch = aligned(self.threads * self._scratch_bytes)
+
+    def _scratch_sizes(self) -> Iterable[int]:
+        lanes = self.isa.WIDTH // 4
+        yield layout.attend_scratch(self.arch.head_dim, max(DECODE_QUERIES))
+        for m in self.weights.matrices:
+            panels = self._panels(m) * self._panel_bytes(m)
+            yield layout.matmul_scratch(panels, lanes, self.isa.TILE_COLS)
+
+    def _panel_bytes(self, m: Matrix) -> int:
+        lanes = self.isa.WIDTH // 4
+        return layout.panel_bytes(m.cols, m.format.group, lanes, m.format.value == "x")
+
+    def _panels(self, m: Matrix) -> int:
+        return max(PANEL_BYTES // self._panel_bytes(m), 1)
+
+    def _at(self, name: str) -> int:
+        return int(self._bytes[name].ctypes.data)
+
+    # -- programs ----------------------------------------------------------------------------------
+    def body(self, *, many: bool) -> list[Op]:
+        """Token ids to the residual stream after the last layer."""
+        e = self.weights.token_embd
+        where = {"state": _address(self.state), "ids": _address(self.ids), "out": self._at("x")}
+        embed = arguments(layout.EMBED, w=e.address, row_bytes=e.row_bytes, cols=e.cols, **where)
+        ops = [Op(f"embed/{e.format.name}", embed)]
+        for index, layer in enumerate(self.weights.layers):
+            ops += [*self._attention(layer, index, many), *self._feed_forward(layer, many)]
+        return ops
+
+    def head(self, *, many: bool) -> list[Op]:
+        """Residual stream of the last tokens to their logits."""
+        state, out_state = _address(self.state), _address(self.out_state)
+        where = {"x": self._at("x"), "out": self._at("last"), "cols": self.arch.embedding_length}
+        gather = Op("gather", arguments(layout.GATHER, state=state, out_state=out_state, **where))
+        output = self.weights.output
+        norm = self._norm("last", self.weights.output_norm, [output], many, state=self.out_state)
+        target = int(self.logits.ctypes.data)
+        product = self._product(output, target, output.rows, many, state=self.out_state)
+        return [gather, norm, product]
+
+    def _attention(self, layer: Layer, index: int, many: bool) -> list[Op]:
+        a = self.arch
+        inputs = [layer.attn_q, layer.attn_k, layer.attn_v]
+        products = [
+            self._product(m, self._at(name), m.rows, many, barrier=m is inputs[-1])
+            for m, name in zip(inputs, ("q", "k", "v"), strict=True)
+        ]
+        ready = self._prepare("h", [layer.attn_output], a.head_count * a.head_dim, many)
+        out = self._product(layer.attn_output, self._at("x"), a.embedding_length, many, add=True)
+        norm = self._norm("x", layer.attn_norm, inputs, many)
+        return [norm, *products, self._rope(layer, index), self._attend(index, many), ready, out]
+
+    def _feed_forward(self, layer: Layer, many: bool) -> list[Op]:
+        inputs, width = [layer.ffn_gate, layer.ffn_up], self.arch.feed_forward_length
+        gate = self._prepare("gate", [layer.ffn_down], width, many, mode=2, weight=self._at("up"))
+        return [
+            self._norm("x", layer.ffn_norm, inputs, many),
+            self._product(layer.ffn_gate, self._at("gate"), width, many, barrier=False),
+            self._product(layer.ffn_up, self._at("up"), width, many),
+            gate,
+            self._product(
+                layer.ffn_down, self._at("x"), self.arch.embedding_length, many, add=True
+            ),
+        ]
+
+    # -- ops ---------------------------------------------------------------------------------------
+    def _norm(
+        self,
+        source: str,
+        weight: np.ndarray,
+        readers: list[Matrix],
+        many: bool,
+        state: np.ndarray | None = None,
+    ) -> Op:
+        width = self.arch.embedding_length
+        return self._prepare(
+            source, readers, width, many, mode=1, weight=_address(weight), state=state
+        )
+
+    def _prepare(
+        self,
+        source: str,
+        readers: list[Matrix],
+        width: int,
+        many: bool,
+        *,
+        mode: int = 0,
+        weight: int = 0,
+        state: np.ndarray | None = None,
+    ) -> Op:
+        """Norm (mode 1) or gate (2) of `source` into h, quantized if a reader wants codes."""
+        quantized = any(m.format.value != "x" for m in readers)
+        args = arguments(
+            layout.PREPARE,
+            state=_address(self.state if state is None else state),
+            mode=mode,
+            x=self._at(source),
+            x_stride=width,
+            weight=weight,
+            eps=float(self.arch.rms_epsilon),
+            cols=width,
+            h=self._at("h"),
+            q=self._at("codes") if quantized else 0,
+            d=self._at("d"),
+            sums16=self._at("sums16"),
+            sums32=self._at("sums32"),
+        )
+        return Op(f"prepare/{self.isa.TILE_COLS if many else 1}", args)
+
+    def _product(
+        self,
+        m: Matrix,
+        out: int,
+        stride: int,
+        many: bool,
+        *,
+        add: bool = False,
+        barrier: bool = True,
+        state: np.ndarray | None = None,
+    ) -> Op:
+        plain = m.format.value == "x"
+        args = arguments(
+            layout.MATMUL,
+            state=_address(self.state if state is None else state),
+            w=m.address,
+            rows=m.rows,
+            cols=m.cols,
+            row_bytes=m.row_bytes,
+            x=self._at("h" if plain else "codes"),
+            xd=self._at("d"),
+            xs=self._at("sums16" if m.format.group == 16 else "sums32"),
+            out=out,
+            stride=stride,
+            bias=0 if m.bias is None else _address(m.bias),
+            add=int(add),
+            scratch=_address(self._scratch),
+            scratch_bytes=self._scratch_bytes,
+            group=self._panels(m),
+        )
+        return Op(f"{'matmul' if many else 'matvec'}/{m.format.name}", args, barrier)
+
+    def _heads(self, index: int) -> dict[str, int]:
+        """What rope and attention share: counts and one layer's caches."""
+        a = self.arch
+        return {
+            "state": _address(self.state),
+            "heads": a.head_count,
+            "kv_heads": a.head_count_kv,
+            "head_dim": a.head_dim,
+            "k_cache": _address(self.kv.k[index]),
+            "v_cache": _address(self.kv.v[index]),
+            "context": self.kv.context,
+        }
+
+    def _rope(self, layer: Layer, index: int) -> Op:
+        a, halves = self.arch, self.arch.rope.style == "neox"
+        args = arguments(
+            layout.ROPE,
+            **self._heads(index),
+            **{name: self._at(name) for name in ("q", "k", "v")},
+            pairs=a.rope.dim // 2,
+            step=1 if halves else 2,
+            gap=a.rope.dim // 2 if halves else 1,
+            cos=_address(self.cos),
+            sin=_address(self.sin),
+            q_norm=0 if layer.attn_q_norm is None else _address(layer.attn_q_norm),
+            k_norm=0 if layer.attn_k_norm is None else _address(layer.attn_k_norm),
+            eps=float(a.rms_epsilon),
+            scale=1 / math.sqrt(a.head_dim),
+        )
+        return Op("rope", args)
+
+    def _attend(self, index: int, many: bool) -> Op:
+        share = self.arch.head_count // self.arch.head_count_kv
+        wide = max(DECODE_QUERIES)
+        queries = wide if many else next((n for n in DECODE_QUERIES if n >= share), wide)
+        scratch = {"scratch": _address(self._scratch), "scratch_bytes": self._scratch_bytes}
+        where = {"q": self._at("q"), "out": self._at("h")}
+        return Op(
+            f"attend/{queries}", arguments(layout.ATTEND, **self._heads(index), **where, **scratch)
+        )
+
+
+def _address(array: Any) -> int:
+    return int(array.ctypes.data)

@@ -1,0 +1,79 @@
+"""One run of emitted code for a format against the decoded weights; see kernelcases.py, which does
+the same for whole kernels.
+"""
+
+from collections.abc import Callable
+from functools import cache
+
+import kernelkit as kit
+import numpy as np
+from kernelcases import floats, generator, inputs
+
+from edgeq import blocks
+from edgeq.kernels import isa as isas
+from edgeq.kernels import layout
+from edgeq.kernels.dot import row_dot
+from edgeq.kernels.llvm import F32, Emit, Value, vector
+from edgeq.kernels.tile import float_panel, float_tile, quant_panel, quant_tile
+
+
+@cache
+def dot_function(isa: str, name: str) -> Callable[..., float]:
+    def emit(e: Emit, w: Value, x: Value, xd: Value, xs: Value, cols: Value) -> Value:
+        pointers = [e.pointer(p) for p in (w, x, xd, xs)]
+        return row_dot(e, blocks.get(name), *pointers, cols)
+
+    return kit.native(emit, "iiiii", isa, result=True)
+
+
+def dot(isa: str, name: str, *, cols: int, place: kit.Place = kit.anywhere) -> None:
+    """A row times a column."""
+    fmt, rng = blocks.get(name), generator("dot", name, cols)
+    row = place(kit.packed(fmt, 1, cols, rng))
+    arrays, x = inputs(fmt, floats(rng, 1, cols), 1, place)
+    got = dot_function(isa, name)(row, *arrays.values(), cols)
+    expected = float(blocks.decode(row[0], fmt).astype(np.float64) @ x[0])
+    assert abs(got - expected) <= 5e-7 * float(kit.reach(row, fmt)[0] @ np.abs(x[0]))
+
+
+def _panel_product(e: Emit, fmt: blocks.BlockFormat, *args: Value) -> None:
+    *addresses, rows, cols, stride = args
+    w, panel, a, b, buf, x, xd, xs, out = (e.pointer(p) for p in addresses)
+    if fmt.value != "x":
+        quant_panel(e, fmt, w, stride, rows, cols, panel, a, b, buf)
+        quant_tile(e, fmt, panel, a, b, x, xd, xs, cols, out)
+        return
+    lanes = e.isa.WIDTH // 4
+    column = e.b.mul(cols, e.i64(4))
+
+    def read(p: Value, n: int) -> Value:
+        return e.load(vector(F32, n), p)
+
+    float_panel(e, fmt, w, stride, rows, cols, panel)
+    shape = {"columns": e.isa.TILE_COLS}
+    float_tile(e, read, panel, 4 * lanes, x, 4, column, cols, out, 4 * lanes, **shape)
+
+
+@cache
+def panel_function(isa: str, name: str) -> Callable[..., None]:
+    """Unpack a panel of rows and multiply it with one tile of columns."""
+    fmt = blocks.get(name)
+    return kit.native(lambda e, *v: _panel_product(e, fmt, *v), "i" * 12, isa)
+
+
+def panel(isa: str, name: str, *, rows: int, cols: int, place: kit.Place = kit.anywhere) -> None:
+    """Up to a panel of rows times one tile of columns."""
+    fmt, module = blocks.get(name), isas.modules()[isa]
+    rng, lanes, columns = generator("panel", name, cols), module.WIDTH // 4, module.TILE_COLS
+    w = place(kit.packed(fmt, rows, cols, rng))
+    arrays, x = inputs(fmt, floats(rng, columns, cols), columns, place)
+    plain = fmt.value == "x"
+    size = layout.panel_bytes(cols, fmt.group, lanes, plain)
+    codes = size if plain else 4 * lanes * (cols // 4)
+    sizes = [codes, (size - codes) // 2, (size - codes) // 2, 256 * lanes]
+    scratch = [place(np.full(n, 0x7F, np.uint8)) for n in sizes]
+    out = place(np.zeros((columns, lanes), np.float32))
+    panel_function(isa, name)(w, *scratch, *arrays.values(), out, rows, cols, w.shape[1])
+    limit = 5e-7 * (np.abs(x) @ kit.reach(w, fmt).T)
+    error = np.abs(out[:, :rows] - x @ blocks.decode(w, fmt).astype(np.float64).T)
+    assert (error <= limit).all()

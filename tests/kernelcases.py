@@ -1,0 +1,333 @@
+"""One run of a compiled kernel against its slow twin, with shapes and the place of every array
+given: the same cases run on ordinary memory and beside a forbidden page.
+
+Each function raises AssertionError when the kernel's result is wrong.
+"""
+
+import ctypes
+
+import kernelkit as kit
+import naive
+import numpy as np
+
+from edgeq import blocks
+from edgeq.kernels import isa as isas
+from edgeq.kernels import layout
+from edgeq.kernels.program import arguments
+
+MARK = np.float32(-7.75)  # stands where a kernel must not write
+
+
+def generator(*seed: object) -> np.random.Generator:
+    return np.random.default_rng(list(repr(seed).encode()))
+
+
+def state(tokens: int, position: int, place: kit.Place) -> np.ndarray:
+    return place(np.array([tokens, position], np.int64))
+
+
+def at(array: np.ndarray) -> int:
+    return int(array.ctypes.data)
+
+
+def floats(rng: np.random.Generator, *shape: int) -> np.ndarray:
+    return rng.standard_normal(shape).astype(np.float32)
+
+
+def touch(offset: int, *, place: kit.Place) -> None:
+    """Read one byte at an offset into four."""
+    four = place(np.zeros(4, np.uint8))
+    ctypes.string_at(at(four) + offset, 1)
+
+
+# -- matrix products -------------------------------------------------------------------------------
+def product(
+    op: str,
+    isa: str,
+    name: str,
+    *,
+    rows: int,
+    cols: int,
+    tokens: int,
+    threads: int = 1,
+    bias: bool = False,
+    add: bool = False,
+    panels: int = 2,
+    place: kit.Place = kit.anywhere,
+) -> None:
+    """matvec or matmul: out (+)= w · x (+ bias), and nothing else in out is touched."""
+    fmt, module = blocks.get(name), isas.modules()[isa]
+    rng = generator(op, name, rows, cols, tokens)
+    w = place(kit.packed(fmt, rows, cols, rng))
+    columns = module.TILE_COLS if op == "matmul" else 1
+    given, x = inputs(fmt, floats(rng, tokens, cols), columns, place)
+    stride = rows + 3
+    before = np.full((tokens, stride), MARK)
+    before[:, :rows] = floats(rng, tokens, rows)
+    out, shift = place(before), floats(rng, rows)
+    shift_at = place(shift)
+    lanes = module.WIDTH // 4
+    size = layout.panel_bytes(cols, fmt.group, lanes, fmt.value == "x")
+    scratch_bytes = layout.matmul_scratch(panels * size, lanes, module.TILE_COLS)
+    scratch, words = place(np.zeros(threads * scratch_bytes, np.uint8)), state(tokens, 0, place)
+    args = arguments(
+        layout.MATMUL,
+        state=at(words),
+        w=at(w),
+        rows=rows,
+        cols=cols,
+        row_bytes=w.shape[1],
+        **{key: at(value) for key, value in given.items()},
+        out=at(out),
+        stride=stride,
+        bias=at(shift_at) if bias else 0,
+        add=int(add),
+        scratch=at(scratch),
+        scratch_bytes=scratch_bytes,
+        group=panels,
+    )
+    kit.run(f"{op}/{name}", isa, place(args), threads)
+    expected = x @ blocks.decode(w, fmt).astype(np.float64).T
+    expected += (shift if bias else 0) + (before[:, :rows] if add else 0)
+    limit = 5e-7 * (np.abs(x) @ kit.reach(w, fmt).T + 8)
+    assert (np.abs(out[:, :rows] - expected) <= limit).all()
+    assert (out[:, rows:] == MARK).all()
+
+
+def inputs(
+    fmt: blocks.BlockFormat, x: np.ndarray, columns: int, place: kit.Place
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """(arrays x, xd, xs for the kernel, float64 [tokens, cols] that they stand for)."""
+    if fmt.value == "x":
+        spare = -len(x) % columns
+        full = np.concatenate([x, np.full((spare, x.shape[1]), np.nan, np.float32)])
+        nothing = place(np.zeros(0, np.float32))
+        return {"x": place(full), "xd": nothing, "xs": nothing}, x.astype(np.float64)
+    codes = kit.quantize(x)
+    arrays = {
+        "x": kit.interleaved(codes.q, columns, 4),
+        "xd": kit.interleaved(codes.d, columns),
+        "xs": kit.interleaved(codes.sums(fmt.group), columns),
+    }
+    return {key: place(value) for key, value in arrays.items()}, codes.values
+
+
+# -- activations -----------------------------------------------------------------------------------
+def embed(
+    isa: str,
+    name: str,
+    *,
+    tokens: int,
+    cols: int,
+    threads: int = 1,
+    place: kit.Place = kit.anywhere,
+) -> None:
+    """Rows of the embedding matrix, decoded."""
+    fmt = blocks.get(name)
+    rng = generator(name, tokens, cols)
+    w = place(kit.packed(fmt, 7, cols, rng))
+    ids = rng.integers(0, 7, tokens).astype(np.int32)
+    ids[-1] = 6  # the last row ends where memory ends
+    ids_at, out = place(ids), place(np.zeros((tokens, cols), np.float32))
+    words = state(tokens, 0, place)
+    places = {"state": at(words), "ids": at(ids_at), "w": at(w), "out": at(out)}
+    args = arguments(layout.EMBED, row_bytes=w.shape[1], cols=cols, **places)
+    kit.run(f"embed/{name}", isa, args, threads)
+    limit = 2e-7 * kit.reach(w, fmt)[ids]
+    assert (np.abs(out - blocks.decode(w, fmt)[ids].astype(np.float64)) <= limit).all()
+
+
+def gather(
+    isa: str,
+    *,
+    tokens: int,
+    wanted: int,
+    cols: int,
+    threads: int = 1,
+    place: kit.Place = kit.anywhere,
+) -> None:
+    """The last `wanted` of `tokens` rows."""
+    x = place(floats(generator(tokens, cols), tokens, cols))
+    out = place(np.zeros((wanted, cols), np.float32))
+    words, out_words = state(tokens, 0, place), state(wanted, 0, place)
+    places = {"state": at(words), "out_state": at(out_words), "x": at(x), "out": at(out)}
+    kit.run("gather", isa, arguments(layout.GATHER, cols=cols, **places), threads)
+    np.testing.assert_array_equal(out, x[tokens - wanted :])
+
+
+def prepare(
+    isa: str,
+    columns: int,
+    *,
+    mode: int,
+    tokens: int,
+    cols: int,
+    threads: int = 1,
+    quantized: bool = True,
+    place: kit.Place = kit.anywhere,
+) -> None:
+    """Mode 0: nothing, 1: RMS norm, 2: SiLU gate; then int8 tiles of `columns` columns."""
+    rng = generator(mode, tokens, cols)
+    stride = cols + 5 if mode else cols
+    x, up = (place(3 * floats(rng, tokens * stride - (stride - cols))) for _ in range(2))
+    weight = place(floats(rng, cols)) if mode == 1 else up
+    h = place(floats(rng, tokens, cols))
+    source = _rows(x, tokens, stride, cols)
+    expected = [h.astype(np.float64)] if mode == 0 else []
+    if mode == 1:
+        expected = [np.array([naive.rms_norm(row, weight, 1e-5) for row in source])]
+    elif mode == 2:
+        ups = _rows(up, tokens, stride, cols)
+        expected = [np.array([naive.silu_gate(g, u) for g, u in zip(source, ups)])]
+    tiles = -(-tokens // columns)
+    values = tiles * columns * cols
+    q = place(np.full(values if quantized else 0, 99, np.int8))
+    d, sums32, sums16 = (
+        place(np.full(values // n if quantized else 0, MARK)) for n in (32, 32, 16)
+    )
+    words = state(tokens, 0, place)
+    args = arguments(
+        layout.PREPARE,
+        state=at(words),
+        mode=mode,
+        x=at(x),
+        x_stride=stride,
+        weight=at(weight),
+        eps=1e-5,
+        cols=cols,
+        h=at(h),
+        q=at(q) if quantized else 0,
+        d=at(d),
+        sums16=at(sums16),
+        sums32=at(sums32),
+    )
+    kit.run(f"prepare/{columns}", isa, args, threads)
+    np.testing.assert_allclose(h, expected[0], rtol=2e-6, atol=1e-30)
+    if quantized:
+        _check_codes(h, columns, q, d, sums16, sums32)
+
+
+def _rows(x: np.ndarray, tokens: int, stride: int, cols: int) -> np.ndarray:
+    """[tokens, cols] of rows that start `stride` apart; the last one is cut after cols."""
+    return np.array([x[t * stride : t * stride + cols] for t in range(tokens)])
+
+
+def _check_codes(
+    h: np.ndarray,
+    columns: int,
+    q: np.ndarray,
+    d: np.ndarray,
+    sums16: np.ndarray,
+    sums32: np.ndarray,
+) -> None:
+    tokens, expected = len(h), kit.quantize(h)
+    np.testing.assert_array_equal(kit.separated(q, columns, tokens, 4), expected.q)
+    np.testing.assert_array_equal(kit.separated(d, columns, tokens), expected.d)
+    for sums, group in ((sums16, 16), (sums32, 32)):
+        got = kit.separated(sums, columns, tokens)
+        limit = 2e-7 * np.repeat(expected.d, 32 // group, axis=1) * 127 * group
+        assert (np.abs(got - expected.sums(group)) <= limit).all()
+    spare = -tokens % columns  # columns without a token stay as they were
+    assert (kit.separated(q, columns, tokens + spare, 4)[tokens:] == 99).all()
+    assert (kit.separated(d, columns, tokens + spare)[tokens:] == MARK).all()
+
+
+# -- attention -------------------------------------------------------------------------------------
+def rope(
+    isa: str,
+    *,
+    tokens: int,
+    position: int,
+    dim: int,
+    turned: int,
+    halves: bool,
+    heads: int = 4,
+    kv_heads: int = 2,
+    norm: bool = False,
+    threads: int = 1,
+    place: kit.Place = kit.anywhere,
+) -> None:
+    """q, k rotated in place (the first `turned` of `dim`), k and v stored in the cache."""
+    rng = generator(tokens, position, dim, turned, halves, norm)
+    context, pairs, wide = _context(position + tokens), turned // 2, layout.padded(dim)
+    q = floats(rng, tokens, heads, dim)
+    k, v = floats(rng, tokens, kv_heads, dim), floats(rng, tokens, kv_heads, dim)
+    angles = rng.uniform(-3, 3, (tokens, pairs))
+    q_norm, k_norm = floats(rng, dim), floats(rng, dim)
+    step, gap, scale = (1, pairs, 0.125) if halves else (2, 1, 0.125)
+    k_cache = np.full((kv_heads, context // 16, dim, 16), MARK, np.float16)
+    v_cache = np.full((kv_heads, context, wide), MARK, np.float16)
+    arrays = {"q": q, "k": k, "v": v, "k_cache": k_cache, "v_cache": v_cache}
+    arrays |= {"cos": np.cos(angles).astype(np.float32), "sin": np.sin(angles).astype(np.float32)}
+    arrays |= {"q_norm": q_norm, "k_norm": k_norm} if norm else {}
+    there = {key: place(a) for key, a in arrays.items()}
+    words = state(tokens, position, place)
+    places = {"q_norm": 0, "k_norm": 0, "state": at(words)}
+    places |= {key: at(a) for key, a in there.items()}
+    sizes = {"heads": heads, "kv_heads": kv_heads, "head_dim": dim, "context": context}
+    turns = {"pairs": pairs, "step": step, "gap": gap, "eps": 1e-6, "scale": scale}
+    kit.run("rope", isa, arguments(layout.ROPE, **places, **sizes, **turns), threads)
+
+    def turn(rows: np.ndarray, weight: np.ndarray) -> np.ndarray:
+        return np.array([
+            [
+                naive.rotate(naive.rms_norm(r, weight, 1e-6) if norm else r, angles[t], step, gap)
+                for r in rows[t]
+            ]
+            for t in range(tokens)
+        ])  # fmt: skip
+
+    new = slice(position, position + tokens)
+    np.testing.assert_allclose(there["q"], turn(q, q_norm) * scale, rtol=3e-6, atol=3e-6)
+    keys = there["k_cache"].swapaxes(2, 3).reshape(kv_heads, context, dim)
+    np.testing.assert_allclose(
+        keys[:, new].swapaxes(0, 1), turn(k, k_norm), rtol=2**-10, atol=2**-12
+    )
+    np.testing.assert_array_equal(
+        there["v_cache"][:, new, :dim].swapaxes(0, 1), v.astype(np.float16)
+    )
+    assert (np.delete(keys, new, axis=1) == MARK).all()
+    assert (np.delete(there["v_cache"], new, axis=1) == MARK).all()
+    assert (there["v_cache"][:, new, dim:] == MARK).all()
+
+
+def attend(
+    isa: str,
+    queries: int,
+    *,
+    tokens: int,
+    position: int,
+    dim: int,
+    heads: int,
+    kv_heads: int,
+    threads: int = 1,
+    scale: float = 1.0,
+    place: kit.Place = kit.anywhere,
+) -> None:
+    """Causal attention of tokens at `position` on over all keys before and among them. What lies
+    in the cache after them is poison.
+    """
+    rng = generator(queries, tokens, position, dim, heads, kv_heads)
+    seen, wide = position + tokens, layout.padded(dim)
+    context = _context(seen)
+    q = scale / np.sqrt(np.float32(dim)) * floats(rng, tokens, heads, dim)
+    k, v = (floats(rng, context, kv_heads, dim).astype(np.float16) for _ in range(2))
+    k[seen:], v[seen:] = 60000, 60000
+    keys = k.swapaxes(0, 1).reshape(kv_heads, context // 16, 16, dim).swapaxes(2, 3)
+    values = np.zeros((kv_heads, context, wide), np.float16)
+    values[..., :dim] = v.swapaxes(0, 1)
+    scratch_bytes = layout.attend_scratch(dim, queries)
+    arrays = {"q": q, "k_cache": keys, "v_cache": values, "out": np.zeros_like(q)}
+    arrays["scratch"] = np.zeros(threads * scratch_bytes, np.uint8)
+    there = {key: place(a) for key, a in arrays.items()}
+    words = state(tokens, position, place)
+    places = {key: at(a) for key, a in there.items()}
+    sizes = {"heads": heads, "kv_heads": kv_heads, "head_dim": dim, "context": context}
+    args = arguments(layout.ATTEND, state=at(words), **places, **sizes, scratch_bytes=scratch_bytes)
+    kit.run(f"attend/{queries}", isa, args, threads)
+    expected = naive.attention(q, k[:seen], v[:seen], position)
+    np.testing.assert_allclose(there["out"], expected, rtol=2e-5, atol=2e-6 * scale**2)
+
+
+def _context(positions: int) -> int:
+    return -(-positions // layout.TILE_KEYS) * layout.TILE_KEYS

@@ -1,0 +1,114 @@
+"""Slow twins: the definition of each fast thing in plain loops, for comparison."""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+Pairs = list[tuple[int, float]]  # (token id, logit)
+
+
+def softmax(logits: Sequence[float]) -> list[float]:
+    peak = max(logits)
+    weights = [math.exp(x - peak) for x in logits]
+    total = math.fsum(weights)
+    return [w / total for w in weights]
+
+
+def descending(pairs: Pairs) -> Pairs:
+    return sorted(pairs, key=lambda pair: -pair[1])  # stable: among equals the first stays first
+
+
+def penalize(
+    logits: Sequence[float],
+    history: Sequence[int],
+    repeat: float,
+    presence: float,
+    frequency: float,
+) -> list[float]:
+    out = list(logits)
+    for token in set(history):
+        count = sum(1 for seen in history if seen == token)
+        out[token] = out[token] * repeat if out[token] <= 0 else out[token] / repeat
+        out[token] -= count * frequency + presence
+    return out
+
+
+def top_k(pairs: Pairs, k: int) -> Pairs:
+    return descending(pairs)[:k] if k > 0 else pairs
+
+
+def top_p(pairs: Pairs, p: float) -> Pairs:
+    if p >= 1:
+        return pairs
+    kept: Pairs = []
+    mass = 0.0
+    ordered = descending(pairs)
+    for pair, probability in zip(ordered, softmax([logit for _, logit in ordered]), strict=True):
+        kept.append(pair)
+        mass += probability
+        if mass >= p:
+            break
+    return kept
+
+
+def min_p(pairs: Pairs, p: float) -> Pairs:
+    probabilities = softmax([logit for _, logit in pairs])
+    best = max(probabilities)
+    return [pair for pair, q in zip(pairs, probabilities, strict=True) if q >= p * best]
+
+
+def temperature(pairs: Pairs, t: float) -> Pairs:
+    return [(token, logit / t) for token, logit in pairs]
+
+
+def draw(pairs: Pairs, u: float) -> int:
+    mass = 0.0
+    for (token, _), probability in zip(pairs, softmax([x for _, x in pairs]), strict=True):
+        mass += probability
+        if u < mass:
+            return token
+    return pairs[-1][0]
+
+
+# -- kernels: tokens, heads and positions in plain loops, float64 --------------------------------
+
+
+def quantize32(x: np.ndarray) -> tuple[np.ndarray, np.float32]:
+    """(int8 codes, scale) of 32 f32 values: largest magnitude / 127, round half to even."""
+    peak = np.max(np.abs(x))
+    inverse = np.float32(127) / peak if peak > np.float32(1e-30) else np.float32(0)
+    codes = [int(np.rint(np.float32(value * inverse))) for value in x]
+    return np.array(codes, np.int8), np.float32(peak * np.float32(1 / 127))
+
+
+def rms_norm(x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
+    mean = math.fsum(float(v) ** 2 for v in x) / len(x)
+    return np.array([float(v) / math.sqrt(mean + eps) * float(w) for v, w in zip(x, weight)])
+
+
+def silu_gate(gate: np.ndarray, up: np.ndarray) -> np.ndarray:
+    return np.array([float(g) / (1 + math.exp(-float(g))) * float(u) for g, u in zip(gate, up)])
+
+
+def rotate(row: np.ndarray, angles: np.ndarray, step: int, gap: int) -> np.ndarray:
+    """Pair i is (i·step, i·step + gap), turned by angles[i]; the rest stays."""
+    out = np.array(row, np.float64)
+    for i, angle in enumerate(angles):
+        a, b = out[i * step], out[i * step + gap]
+        out[i * step] = a * math.cos(angle) - b * math.sin(angle)
+        out[i * step + gap] = a * math.sin(angle) + b * math.cos(angle)
+    return out
+
+
+def attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, position: int) -> np.ndarray:
+    """q [tokens, heads, dim] from `position` on, over k, v [positions, kv_heads, dim]."""
+    q, k, v = (np.asarray(a, np.float64) for a in (q, k, v))
+    share = q.shape[1] // k.shape[1]
+    out = np.zeros_like(q)
+    for t in range(q.shape[0]):
+        for h in range(q.shape[1]):
+            seen = slice(position + t + 1)
+            weights = softmax(k[seen, h // share] @ q[t, h])
+            out[t, h] = np.array(weights) @ v[seen, h // share]
+    return out

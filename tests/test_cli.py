@@ -1,0 +1,290 @@
+"""The commands that handle files, the terminal, signals."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from shell import CHECKPOINT, ROOT, Screen, edgeq
+
+from edgeq import blocks
+from edgeq.cli import _terminal
+from edgeq.gguf import GgufWriter, TensorSpec
+
+
+def test_help_lists_every_command_with_its_first_line() -> None:
+    shown = " ".join(edgeq("--help").stdout.split())
+    files = sorted((ROOT / "edgeq" / "cli").glob("[!_]*.py"))
+    assert len(files) >= 3
+    for file in files:
+        summary = file.read_text().splitlines()[0].strip('"')
+        assert f" {file.stem} {summary}" in shown
+
+
+@pytest.mark.parametrize("name", ["bench", "convert", "inspect", "run"])
+def test_every_command_explains_itself(name: str) -> None:
+    result = edgeq(name, "--help")
+    assert result.exit_code == 0
+    assert "--debug" in result.stdout
+
+
+def test_unknown_command_and_flag_are_usage_errors() -> None:
+    assert edgeq("frobnicate").exit_code == 2
+    assert edgeq("run", "--frobnicate").exit_code == 2
+
+
+# --- terminal
+
+
+def test_no_color(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = Screen()
+    monkeypatch.setattr(sys, "stderr", screen)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    assert _terminal.dim("x") == "\x1b[2mx\x1b[0m"
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert _terminal.dim("x") == "x"
+
+
+def test_status_rewrites_one_line_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = Screen()
+    monkeypatch.setattr(sys, "stderr", screen)
+    monkeypatch.setenv("NO_COLOR", "1")
+    status = _terminal.Status()
+    status("one")
+    status("two")
+    status.clear()
+    assert screen.getvalue() == "\r\x1b[Kone\r\x1b[Ktwo\r\x1b[K"
+
+
+# --- inspect
+
+
+def write_gguf(path: Path, values: np.ndarray) -> Path:
+    metadata = {
+        "general.architecture": "none",
+        "general.name": "[red]evil\x1b[2J",
+        "general.huge": float("inf"),
+        "tokenizer.ggml.tokens": [f"t{i}" for i in range(100)],
+    }
+    specs = [
+        TensorSpec("output_norm.weight", (64,), blocks.get("F32")),
+        TensorSpec("token_embd.weight", (3, 64), blocks.get("Q8_0")),
+    ]
+    with GgufWriter(path, metadata, specs) as writer:
+        writer.write("output_norm.weight", np.ones(64, np.float32))
+        fields = {"d": values, "q": np.ones((3, 2, 32), np.int32)}
+        writer.write("token_embd.weight", blocks.pack(fields, "Q8_0"))
+    return path
+
+
+def test_inspect_shows_metadata_as_text(tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "a.gguf", np.ones((3, 2), np.float32))
+    shown = edgeq("inspect", path, "--tensors").stdout
+    assert "256 parameters in 2 tensors, 14.38 bits per weight" in shown
+    assert "[red]evil\\x1b[2J" in shown
+    assert "100: t0 t1 t2 t3 t4 t5 t6 t7 ..." in shown
+    assert "token_embd.weight    3 × 64   Q8_0" in shown
+
+
+def test_inspect_json_is_complete(tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "a.gguf", np.ones((3, 2), np.float32))
+    shown = json.loads(edgeq("inspect", path, "--json").stdout)
+    assert shown["version"] == 3
+    assert shown["size"] == path.stat().st_size
+    assert shown["bits_per_weight"] == 14.375
+    assert shown["formats"]["Q8_0"] == {"tensors": 1, "parameters": 192, "bytes": 204}
+    assert len(shown["metadata"]["tokenizer.ggml.tokens"]) == 100
+    assert shown["metadata"]["general.huge"] == "inf"
+    assert shown["tensors"][1]["shape"] == [3, 64]
+    assert "problems" not in shown
+
+
+def test_inspect_verify(tmp_path: Path) -> None:
+    values = np.ones((3, 2), np.float32)
+    good = edgeq("inspect", write_gguf(tmp_path / "good.gguf", values), "--verify")
+    assert good.exit_code == 0
+    assert "every block of 2 tensors is finite" in good.stdout
+    values[2, 1] = np.nan
+    bad = write_gguf(tmp_path / "bad.gguf", values)
+    result = edgeq("inspect", bad, "--verify")
+    assert result.exit_code == 2
+    assert "token_embd.weight, row 2, block 1" in result.stderr
+    result = edgeq("inspect", bad, "--verify", "--json")
+    assert result.exit_code == 2
+    assert len(json.loads(result.stdout)["problems"]) == 1
+
+
+def test_inspect_of_something_else(tmp_path: Path) -> None:
+    (tmp_path / "a.gguf").write_bytes(b"not a model")
+    result = edgeq("inspect", tmp_path / "a.gguf")
+    assert result.exit_code == 2
+    assert result.stderr.startswith("edgeq: ")
+    assert len(result.stderr.splitlines()) == 1
+
+
+# --- convert
+
+
+def test_convert_and_its_report(tmp_path: Path) -> None:
+    result = edgeq("convert", CHECKPOINT, "-o", tmp_path, "-t", "f16", "--json")
+    report = json.loads(result.stdout)
+    path = Path(report["file"])
+    assert path == tmp_path / "tiny-home-F16.gguf"
+    assert report["size"] == path.stat().st_size
+    assert report["bits_per_weight"] == pytest.approx(16, abs=0.1)
+    assert result.stderr == ""  # no progress bar for a pipe
+    again = edgeq("convert", CHECKPOINT, "-o", tmp_path, "-t", "F16")
+    assert again.exit_code == 2
+    assert "exists" in again.stderr
+    forced = edgeq("convert", CHECKPOINT, "-o", tmp_path, "-t", "F16", "--force")
+    assert forced.stdout.startswith(f"{path}: F16, 14.")
+
+
+def test_convert_refuses_what_it_does_not_know(tmp_path: Path) -> None:
+    result = edgeq("convert", CHECKPOINT, "-o", tmp_path, "-t", "Q9_X")
+    assert result.exit_code == 2
+    assert "Q4_K_M" in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- processes
+
+
+def start(*args: object, code: str = "", **options: Any) -> subprocess.Popen[str]:
+    command = ["-c", code] if code else ["-m", "edgeq"]
+    return subprocess.Popen(
+        [sys.executable, *command, *map(str, args)],
+        cwd=ROOT,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        **options,
+    )
+
+
+@pytest.mark.parametrize(
+    ("number", "exit_code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
+)
+def test_interrupted_convert_leaves_no_file(
+    tmp_path: Path, number: signal.Signals, exit_code: int
+) -> None:
+    """The output is claimed before the work starts; slow reading gives time to interrupt."""
+    code = (
+        "import time, edgeq.cli\n"
+        "from edgeq.sources import CheckpointSource as Source\n"
+        "read = Source.read\n"
+        "def slow(self, *args):\n"
+        "    time.sleep(0.2)\n"
+        "    return read(self, *args)\n"
+        "Source.read = slow\n"
+        "edgeq.cli.main()\n"
+    )
+    out = tmp_path / "model.gguf"
+    process = start("convert", CHECKPOINT, "-o", out, "-t", "F16", code=code)
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.iterdir()):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(number)
+    _, shown = process.communicate(timeout=60)
+    assert process.returncode == exit_code, shown
+    assert "Traceback" not in shown
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_reader_that_leaves_early_is_no_error(tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "a.gguf", np.ones((3, 2), np.float32))
+    reader, writer = os.pipe()
+    os.close(reader)
+    process = subprocess.run(
+        [sys.executable, "-m", "edgeq", "inspect", path, "--json"],
+        cwd=ROOT,
+        stdout=writer,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    os.close(writer)
+    assert (process.returncode, process.stderr) == (128 + signal.SIGPIPE, "")
+
+
+# --- bench
+
+
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Any]:
+    """A fake measurement behind `edgeq bench model.gguf`; holds the arguments of the last one."""
+    from edgeq import bench
+
+    called: dict[str, Any] = {}
+
+    def row(prompt: int, gen: int, depth: int) -> bench.Row:
+        return bench.Row(
+            cpu_info="a cpu",
+            backends="avx2",
+            model_filename="model.gguf",
+            model_type="tiny",
+            model_size=3 * 2**20,
+            model_n_params=7_340_000,
+            n_threads=2,
+            type_k="f16",
+            type_v="f16",
+            n_prompt=prompt,
+            n_gen=gen,
+            n_depth=depth,
+            test_time="2026-01-01T00:00:00Z",
+            avg_ns=1_000_000_000,
+            stddev_ns=10,
+            avg_ts=123.456,
+            stddev_ts=7.891,
+            samples_ns=[1_000_000_000],
+            samples_ts=[123.456],
+        )
+
+    def run(path: Path, **options: Any) -> list[bench.Row]:
+        called.update(options, path=path)
+        tests = [(n, 0) for n in options["prompts"]] + [(0, n) for n in options["gens"]]
+        return [row(*test, options["depth"]) for test in tests]
+
+    monkeypatch.setattr("edgeq.bench.run", run)
+    (tmp_path / "model.gguf").touch()
+    monkeypatch.chdir(tmp_path)
+    return called
+
+
+def test_bench_defaults_and_columns(measured: dict[str, Any]) -> None:
+    result = edgeq("bench", "model.gguf")
+    assert result.stdout.splitlines() == [
+        "| model | size | params | backend | threads | test | t/s |",
+        "| --- | ---: | ---: | --- | ---: | ---: | ---: |",
+        "| tiny | 3.0 MiB | 7.34 M | avx2 | 2 | pp512 | 123.46 ± 7.89 |",
+        "| tiny | 3.0 MiB | 7.34 M | avx2 | 2 | tg128 | 123.46 ± 7.89 |",
+    ]
+    assert "peak RAM" in result.stderr
+    assert (measured["reps"], measured["threads"]) == (5, None)
+
+
+def test_bench_flags(measured: dict[str, Any]) -> None:
+    flags = ["-p", "0,64", "-n", "16,32", "-d", "100", "-t", "3", "-r", "2", "-o"]
+    rows = json.loads(edgeq("bench", "model.gguf", *flags, "json").stdout)
+    assert [(row["n_prompt"], row["n_gen"]) for row in rows] == [(64, 0), (0, 16), (0, 32)]
+    assert rows[0]["samples_ts"] == [123.456]
+    assert (measured["reps"], measured["threads"], measured["depth"]) == (2, 3, 100)
+    assert "| pp64 @ d100 |" in edgeq("bench", "model.gguf", *flags, "md").stdout
+    lines = edgeq("bench", "model.gguf", *flags, "jsonl").stdout.splitlines()
+    assert [json.loads(line) for line in lines] == rows
+    table = edgeq("bench", "model.gguf", *flags, "csv").stdout.splitlines()
+    assert len(table) == 4
+    assert table[0].startswith('"cpu_info","backends",')
+
+
+@pytest.mark.parametrize("value", ["many", "1,-2", "", "1,,2"])
+def test_bench_refuses_what_is_not_a_count(measured: dict[str, Any], value: str) -> None:
+    assert edgeq("bench", "model.gguf", "-p", value).exit_code == 2

@@ -1,0 +1,149 @@
+"""The words that each instruction set provides: dot, lookup, conversions of halves."""
+
+from collections.abc import Callable
+
+import kernelkit as kit
+import numpy as np
+import pytest
+
+from edgeq.kernels import isa as isas
+from edgeq.kernels.llvm import F16, F32, I8, I32, Emit, Value, vector
+
+HALVES = np.arange(65536, dtype=np.uint16)
+
+
+def runnable() -> list[str]:
+    """AVX-VNNI's instruction exists on AVX-512 machines too, in another encoding."""
+    vnni = {"avx512vl", "avx512vnni"} <= isas.host_features()
+    return kit.ISAS + [n for n in ("avxvnni",) if vnni and n not in kit.ISAS]
+
+
+def word(isa: str, emit: Callable[..., None], arguments: str) -> Callable[..., None]:
+    cpu = None if isa in kit.ISAS else "host"
+    return kit.native(emit, arguments, isa, cpu=cpu)
+
+
+def each_vector(e: Emit, count: Value, body: Callable[[Value], None]) -> None:
+    def step(i: Value, _: list[Value]) -> list[Value]:
+        body(i)
+        return []
+
+    e.loop(count, [], step)
+
+
+# -- dot -------------------------------------------------------------------------------------------
+def dot_cases(signed: bool, top: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Codes and activations int8[n][64]: random ones, and the extremes in all pairs."""
+    w = rng.integers(-128 if signed else 0, top + 1, (100, 64))
+    x = rng.integers(-127, 128, (100, 64))
+    ends = [-128, -127, -1, 0, 127] if signed else [0, 1, top - 1, top]
+    pairs = [(a, b) for a in ends for b in (-127, -1, 0, 127)]
+    w = np.concatenate([w, np.repeat([[a] for a, _ in pairs], 64, axis=1)])
+    x = np.concatenate([x, np.repeat([[b] for _, b in pairs], 64, axis=1)])
+    return w.astype(np.uint8).view(np.int8), x.astype(np.int8)
+
+
+def kinds_of_codes() -> list[tuple[str, bool]]:
+    """(instruction set, signed); one that shifts signed codes up never sees any."""
+    shifts = {isa: isas.modules()[isa].OFFSET > 0 for isa in runnable()}
+    return [(isa, signed) for isa in shifts for signed in (False, True)[: 2 - shifts[isa]]]
+
+
+@pytest.mark.parametrize("lanes", [8, 16, 32, 64])
+@pytest.mark.parametrize(("isa", "signed"), kinds_of_codes())
+def test_dot(isa: str, signed: bool, lanes: int, rng: np.random.Generator) -> None:
+    offset = isas.modules()[isa].OFFSET
+    w, x = dot_cases(signed, 127 if signed or not offset else 255, rng)
+    start = rng.integers(-(2**20), 2**20, (len(w), 16)).astype(np.int32)
+    out = np.zeros_like(start)
+
+    def emit(e: Emit, w: Value, x: Value, acc: Value, out: Value, count: Value) -> None:
+        def body(i: Value) -> None:
+            pointers = [e.at(e.pointer(p), e.b.mul(i, e.i64(64))) for p in (w, x, acc, out)]
+            for k in range(0, 64, lanes):
+                wv, xv = (e.load(vector(I8, lanes), p, k) for p in pointers[:2])
+                before = e.load(vector(I32, lanes // 4), pointers[2], k)
+                e.store(e.isa.dot(e, before, wv, xv, signed), pointers[3], k)
+
+        each_vector(e, count, body)
+
+    word(isa, emit, "iiiii")(w, x, start, out, len(w))
+    codes = w.astype(np.int64) if signed else w.view(np.uint8).astype(np.int64)
+    expected = start + (codes * x).reshape(len(w), 16, 4).sum(-1)
+    np.testing.assert_array_equal(out, expected)
+
+
+# -- lookup ----------------------------------------------------------------------------------------
+@pytest.mark.parametrize("lanes", [8, 16, 32, 64])
+@pytest.mark.parametrize("isa", kit.ISAS)
+def test_lookup(isa: str, lanes: int, rng: np.random.Generator) -> None:
+    table = [-128, 127, 0, -1, 5, 17, -90, 33, 64, -64, 100, -100, 2, -2, 81, -37]
+    index = np.concatenate([np.tile(np.arange(16), 4), rng.integers(0, 16, 640)]).astype(np.int8)
+    out = np.zeros_like(index)
+
+    def emit(e: Emit, index: Value, out: Value, count: Value) -> None:
+        def body(i: Value) -> None:
+            offset = e.b.mul(i, e.i64(lanes))
+            v = e.load(vector(I8, lanes), e.pointer(index), offset)
+            e.store(e.isa.lookup(e, table, v), e.pointer(out), offset)
+
+        each_vector(e, count, body)
+
+    word(isa, emit, "iii")(index, out, len(index) // lanes)
+    np.testing.assert_array_equal(out, np.array(table, np.int8)[index])
+
+
+# -- halves ----------------------------------------------------------------------------------------
+def convert(isa: str, lanes: int, values: np.ndarray) -> np.ndarray:
+    """f16 to f32 or back through the instruction set's word."""
+    widen = values.dtype == np.float16
+    out = np.zeros(len(values), np.float32 if widen else np.float16)
+    size = (2, 4) if widen else (4, 2)
+
+    def emit(e: Emit, source: Value, target: Value, count: Value) -> None:
+        def body(i: Value) -> None:
+            kind = vector(F16 if widen else F32, lanes)
+            v = e.load(kind, e.pointer(source), e.b.mul(i, e.i64(size[0] * lanes)))
+            v = e.isa.from_f16(e, v) if widen else e.isa.to_f16(e, v)
+            e.store(v, e.pointer(target), e.b.mul(i, e.i64(size[1] * lanes)))
+
+        each_vector(e, count, body)
+
+    word(isa, emit, "iii")(values, out, len(values) // lanes)
+    return out
+
+
+def assert_same_bits(got: np.ndarray, expected: np.ndarray) -> None:
+    """Equal to the bit, except that a NaN may be any NaN."""
+    nan = np.isnan(expected)
+    assert np.isnan(got[nan]).all()
+    unsigned = f"u{got.itemsize}"
+    np.testing.assert_array_equal(got[~nan].view(unsigned), expected[~nan].view(unsigned))
+
+
+@pytest.mark.parametrize("lanes", [1, 2, 8, 16])
+@pytest.mark.parametrize("isa", kit.ISAS)
+def test_every_half_becomes_its_f32(isa: str, lanes: int) -> None:
+    halves = HALVES.view(np.float16)
+    assert_same_bits(convert(isa, lanes, halves), halves.astype(np.float32))
+
+
+def awkward_floats(rng: np.random.Generator) -> np.ndarray:
+    """Every half, every midpoint of neighbours, f32 just beside them, and any bits at all."""
+    exact = HALVES.view(np.float16).astype(np.float32)
+    finite = np.sort(exact[np.isfinite(exact)])
+    middle = ((finite[1:].astype(np.float64) + finite[:-1]) / 2).astype(np.float32)
+    ends = np.array([65519.996, 65520, 65520.004, 1e30, 3.4e38, np.inf, 5.9e-8, 1e-40], np.float32)
+    beside = [np.nextafter(middle, np.float32(side)) for side in (-np.inf, np.inf)]
+    bits = rng.integers(0, 2**32, 65536, dtype=np.uint32).view(np.float32)
+    values = np.concatenate([exact, middle, *beside, ends, -ends, bits])
+    return np.resize(values, -(-len(values) // 16) * 16)
+
+
+@pytest.mark.parametrize("lanes", [1, 8, 16])
+@pytest.mark.parametrize("isa", kit.ISAS)
+def test_f32_rounds_to_the_nearest_half(isa: str, lanes: int, rng: np.random.Generator) -> None:
+    values = awkward_floats(rng)
+    with np.errstate(over="ignore", invalid="ignore"):
+        expected = values.astype(np.float16)
+    assert_same_bits(convert(isa, lanes, values), expected)
