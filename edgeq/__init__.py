@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from edgeq.evaluate import perplexity
     from edgeq.gguf import open_gguf
     from edgeq.pipeline import convert
-    from edgeq.quantize import quantize
+    from edgeq.quantizers import quantize
 
 __all__ = [
     "Model",
@@ -41,7 +41,7 @@ _HOMES = {
     "load": "edgeq.engine",
     "open_gguf": "edgeq.gguf",
     "perplexity": "edgeq.evaluate",
-    "quantize": "edgeq.quantize",
+    "quantize": "edgeq.quantizers",
 }
 
 

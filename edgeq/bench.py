@@ -3,7 +3,7 @@
 import platform
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from time import perf_counter_ns
@@ -11,8 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from edgeq.engine import Model, load
+from edgeq import memory
+from edgeq.engine import Model, cores, load
 from edgeq.errors import RequestError
+from edgeq.limits import measured
 
 __all__ = ["Row", "run"]
 
@@ -21,7 +23,10 @@ Progress = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Row:
-    """One test; names and units as in llama-bench's JSON (nanoseconds, tokens per second)."""
+    """One test; names and units as in llama-bench's JSON (nanoseconds, tokens per second).
+
+    The last three are edgeq's own: memory, and the distance to the machine's limit.
+    """
 
     cpu_info: str
     backends: str  # instruction set
@@ -42,6 +47,9 @@ class Row:
     stddev_ts: float
     samples_ns: list[int]
     samples_ts: list[float]
+    peak_rss: int  # bytes of memory this process has used at most
+    rate: float  # generation: GB/s of weights read; prompts: GMAC/s
+    limit: float  # the same for this machine at its best, see edgeq.limits
 
 
 def run(
@@ -66,7 +74,12 @@ def run(
         raise RequestError("bench: no tests: expected a prompt or a generation length")
     need = depth + max(max(test) for test in tests)
     with load(path, threads=threads, ctx=_context(path, need), on_compile=on_compile) as model:
-        return [_measure(model, *test, depth, reps, progress) for test in tests]
+        rows = [_measure(model, *test, depth, reps, progress) for test in tests]
+    # Last, since measuring the limits takes memory of its own.
+    limits = measured(rows[0].n_threads, cores())
+    return [
+        replace(row, limit=limits.dot_gmacs if row.n_prompt else limits.read_gbs) for row in rows
+    ]
 
 
 def _context(path: str | Path, need: int) -> int:
@@ -111,6 +124,7 @@ def _row(model: Model, prompt: int, gen: int, depth: int, samples: list[int]) ->
     def spread(values: Sequence[float]) -> float:
         return statistics.stdev(values) if len(values) > 1 else 0.0
 
+    cost = model.macs_per_token if prompt else model.bytes_per_token
     return Row(
         **_facts(model),
         n_prompt=prompt,
@@ -123,6 +137,9 @@ def _row(model: Model, prompt: int, gen: int, depth: int, samples: list[int]) ->
         stddev_ts=spread(rates),
         samples_ns=samples,
         samples_ts=rates,
+        peak_rss=memory.peak(),
+        rate=statistics.mean(rates) * cost / 1e9,
+        limit=0.0,
     )
 
 

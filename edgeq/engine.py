@@ -1,21 +1,21 @@
 """Load a model, read a prompt, generate: the one stateful object that users meet."""
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack
 
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeq import cache, models
-from edgeq.errors import EdgeqError, ModelError, RequestError
+from edgeq import cache, memory, models
+from edgeq.checks import stop_texts, token_ids, whole
+from edgeq.errors import ModelError, RequestError
 from edgeq.gguf import Gguf, open_gguf
 from edgeq.kernels import isa as isas
 from edgeq.kernels import load as load_kernels
-from edgeq.kernels.program import Program, Team
+from edgeq.kernels.program import TEAM_KERNELS, Program, Team
 from edgeq.models import rope, weights
 from edgeq.models.transformer import FEW, Transformer
 from edgeq.sampler import Sampler
@@ -30,6 +30,27 @@ BATCH = 512  # prompt tokens per pass
 OUTPUTS = 64  # positions per pass when all logits are wanted
 DEFAULT_CONTEXT = 4096  # positions, where the model allows so many and the user asks for none
 Progress = Callable[[str, int, int], None]
+
+
+class Penalties(TypedDict, total=False):
+    """Settings against repetition; see `edgeq.sampler.Sampler`."""
+
+    repeat_penalty: float | None
+    repeat_last_n: int | None
+    presence_penalty: float | None
+    frequency_penalty: float | None
+
+
+class Options(Penalties, total=False):
+    """What `Model.generate` and `Model.chat` take by name."""
+
+    max_tokens: int
+    temperature: float | None
+    top_k: int | None
+    top_p: float | None
+    min_p: float | None
+    seed: int | None
+    stop: str | Sequence[str]
 
 
 @dataclass
@@ -74,7 +95,8 @@ def cores() -> int:
     import psutil
 
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return max(min(psutil.cpu_count(logical=False) or 1, allowed or 1), 1)
+    allowed = allowed or 1
+    return max(min(psutil.cpu_count(logical=False) or allowed, allowed), 1)
 
 
 class Model:
@@ -96,14 +118,15 @@ class Model:
             raise ModelError(f"{gguf.path}: no tensors: this file holds no model")
         self.arch: Arch = models.find(gguf.get("general.architecture", str)).arch(gguf)
         self.tokenizer = load_tokenizer(gguf)
-        self.threads = _checked_threads(threads)
-        self.ctx = _checked_context(ctx, self.arch, gguf.path)
+        self.threads = cores() if threads is None else whole("threads", threads, 1, 256)
         bound = weights.bind(gguf, self.arch)
-        self._turn = rope.frequencies(self.arch.rope, bound.rope_freqs)
+        self.warnings = [f"tensor {name} is not used" for name in bound.unused]
+        self.ctx = self._context(ctx)
+        self._frequencies = rope.frequencies(self.arch.rope, bound.rope_freqs)
         self._magnitude = rope.magnitude(self.arch.rope)
         isa = isas.choose()
         self.isa: str = isa.NAME
-        store = cache.allocate(self.arch, self.ctx, kv, available=_free_memory())
+        store = cache.allocate(self.arch, self.ctx, kv, available=memory.available())
         self.kv_bytes = store.nbytes
         batch = min(BATCH, store.context)
         outputs = min(OUTPUTS, batch)
@@ -111,9 +134,25 @@ class Model:
             self.arch, bound, store, isa, threads=self.threads, batch=batch, outputs=outputs
         )
         self._batch, self._outputs = batch, outputs
+        products = bound.matrices
+        self.bytes_per_token = sum(m.data.nbytes for m in products)  # weights that decoding reads
+        # A prompt needs the logits of its last token only.
+        self.macs_per_token = sum(m.rows * m.cols for m in products if m is not bound.output)
         self._start(isa, on_compile)
         self.stats = Stats()
         self._seen: list[int] = []  # tokens whose keys and values are in the cache
+        self._owner: object = None  # the answer that goes on after them
+
+    def _context(self, ctx: int | None) -> int:
+        """Positions of the KV cache: as asked for, else what was trained, within reason and RAM."""
+        trained = self.arch.context_length
+        if ctx is not None:
+            return whole("ctx", ctx, 1, trained)
+        wanted = min(trained, DEFAULT_CONTEXT)
+        fits = memory.available() // 2 // cache.bytes_per_position(self.arch)
+        if fits < wanted:
+            self.warnings.append(f"context of {fits} instead of {wanted}: memory is short")
+        return int(max(min(wanted, fits), 1))
 
     def _start(self, isa: Any, on_compile: Progress | None) -> None:
         """Compile or load kernels, start threads, assemble the programs."""
@@ -121,7 +160,7 @@ class Model:
         few, many = net.body(many=False), net.body(many=True)
         few_head, many_head = net.head(many=False), net.head(many=True)
         names = [op.kernel for op in (*few, *many, *few_head, *many_head)]
-        addresses = load_kernels([*names, "walk", "post", "serve"], isa, on_compile)
+        addresses = load_kernels([*names, *TEAM_KERNELS], isa, on_compile)
         self._team = Team(isa, self.threads, cores())
 
         def program(ops: list[Any]) -> Program:
@@ -160,42 +199,45 @@ class Model:
     # -- evaluation --------------------------------------------------------------------------------
     def reset(self) -> None:
         """Forget what is in the KV cache."""
-        self._seen = []
+        self._seen, self._owner = [], None
 
     def _evaluate(self, ids: Sequence[int], outputs: int) -> NDArray[np.float32]:
         """Append one batch to the cache; view of the logits of its last `outputs` tokens."""
         net, n, first = self._net, len(ids), len(self._seen)
+        self._check_room(n)
         net.ids[:n] = ids
-        net.cos[:n], net.sin[:n] = rope.tables(self._turn, self._magnitude, first, n)
+        net.cos[:n], net.sin[:n] = rope.tables(self._frequencies, self._magnitude, first, n)
         net.state[:] = n, first
         net.out_state[0] = outputs
         kind = "none" if not outputs else "few" if outputs <= FEW else "many"
-        self._programs[n > FEW, kind].run()
+        self._programs[n > FEW, kind].run(interruptible=n > FEW)
         self._seen.extend(ids)
         return net.logits[:outputs]
+
+    def _check_room(self, count: int) -> None:
+        """Kernels do not check positions: they would write past the cache."""
+        total = len(self._seen) + count
+        if total > self.ctx:
+            raise RequestError(f"{total} tokens: the context holds {self.ctx}")
 
     def feed(self, ids: Sequence[int], *, logits: bool = False) -> NDArray[np.float32]:
         """Append ids to the KV cache, batch by batch; float32 [vocab] after the last if asked for.
 
-        The caller keeps ids and positions within range. The result is overwritten by the next call.
+        The result is overwritten by the next call. Raises RequestError when an id is out of range
+        or the context is full.
         """
+        ids = token_ids(ids, self.arch.vocab_size) if len(ids) else []
+        self._check_room(len(ids))
+        self._owner = None
         out = self._net.logits[:0]
         for first in range(0, len(ids), self._batch):
             part = ids[first : first + self._batch]
             out = self._evaluate(part, int(logits and first + len(part) == len(ids)))
         return out[0] if logits else out
 
-    def _check(self, ids: Sequence[int]) -> None:
-        if not ids:
-            raise RequestError("prompt: no tokens: expected at least one")
-        top = self.arch.vocab_size
-        for i in ids:
-            if not 0 <= i < top:
-                raise RequestError(f"token id {i}: expected 0 to {top - 1}")
-
     def _prompt(self, ids: list[int]) -> NDArray[np.float32]:
         """Logits after `ids`, reusing the cache for the part it already holds."""
-        self._check(ids)
+        self.gguf.check_unchanged()
         if len(ids) > self.ctx:
             raise RequestError(
                 f"prompt of {len(ids)} tokens, context of {self.ctx} (context_length_exceeded): "
@@ -214,8 +256,8 @@ class Model:
         Raises RequestError when there are no ids, an id is out of range, or they exceed the
         context.
         """
-        ids = [int(i) for i in ids]
-        self._check(ids)
+        ids = token_ids(ids, self.arch.vocab_size)
+        self.gguf.check_unchanged()
         if len(ids) > self.ctx:
             raise RequestError(
                 f"{len(ids)} tokens, context of {self.ctx}: shorten them or raise ctx"
@@ -233,46 +275,64 @@ class Model:
         prompt: str | Sequence[int],
         *,
         max_tokens: int = -1,
-        stop: Sequence[str] | str = (),
-        **sampling: Any,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        seed: int | None = None,
+        stop: str | Sequence[str] = (),
+        **penalties: Unpack[Penalties],
     ) -> Iterator[str]:
         """Stream the continuation of `prompt` as pieces of text, whole characters only.
 
         prompt: text (BOS is added where the model wants it, control tokens are parsed) or ids.
         max_tokens: -1 = until the model ends or the context is full. stop: texts that end the
-        answer and are not part of it. sampling: temperature, top_k, top_p, min_p, repeat_penalty,
-        repeat_last_n, presence_penalty, frequency_penalty, seed; what is not given comes from the
-        file's general.sampling.* or llama.cpp's defaults.
+        answer and are not part of it. Sampling settings that are not given (None) come from the
+        file's general.sampling.* or llama.cpp's defaults. One answer at a time: a new request on
+        the same model ends the one before.
 
-        Raises RequestError (values, prompt length), ModelError (logits that are not numbers).
+        Raises RequestError (values, prompt length), ModelError (no vocabulary, logits that are no
+        numbers).
         """
-        sampler = Sampler.from_metadata(self.gguf.metadata, **_given(sampling))
+        given = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
+        sampler = Sampler.from_metadata(
+            self.gguf.metadata, **_given({**given, "seed": seed, **penalties})
+        )
         sampler.validate()
+        stops, max_tokens = stop_texts(stop), whole("max_tokens", max_tokens, -1, 1 << 62)
+        if not self.tokenizer.n_vocab:
+            raise ModelError(f"{self.gguf.path}: no vocabulary: this model gives logits, not text")
         if isinstance(prompt, str):
-            ids = self.tokenizer.encode(prompt, special=True, bos=True)
+            prompt_ids = self.tokenizer.encode(prompt, special=True, bos=True)
         else:
-            ids = [int(i) for i in prompt]
-        stops = [stop] if isinstance(stop, str) else list(stop)
-        if any(not s for s in stops):
-            raise RequestError("stop: empty text: expected at least one character")
+            prompt_ids = list(prompt)
+        ids = token_ids(prompt_ids, self.arch.vocab_size)
         # A text is continued, and its continuation may begin with a space; an answer may not.
         decoder = self.tokenizer.decoder(continues=isinstance(prompt, str))
         return _until(self._tokens(ids, max_tokens, sampler, decoder), stops)
 
     def _tokens(
         self, ids: list[int], max_tokens: int, sampler: Sampler, decoder: StreamDecoder
-    ) -> Iterator[str]:
+    ) -> Generator[str]:
         logits, state, history = self._prompt(ids), sampler.start(), list(ids)
+        self._owner = mine = object()
+        vocabulary = self.tokenizer.n_vocab  # the model's may be padded
         stats, started = self.stats, perf_counter()
         while stats.generated_tokens != max_tokens:
-            token = state.sample(logits, history)
+            token = state.sample(logits[:vocabulary], history)
             stats.generated_tokens += 1
             stats.generation_seconds = perf_counter() - started
             if token in self.tokenizer.eog_ids:
                 stats.finish = "stop"
                 break
             history.append(token)
-            yield decoder.push(token)
+            try:
+                yield decoder.push(token)
+            except GeneratorExit:
+                stats.finish = "stop"
+                raise
+            if self._owner is not mine:
+                raise RequestError("another request on this model has ended this answer")
             if len(self._seen) >= self.ctx:
                 stats.finish = "context"
                 break
@@ -283,7 +343,7 @@ class Model:
         stats.generation_seconds = perf_counter() - started
         yield decoder.flush()
 
-    def chat(self, messages: list[dict[str, Any]], **options: Any) -> Iterator[str]:
+    def chat(self, messages: list[dict[str, Any]], **options: Unpack[Options]) -> Iterator[str]:
         """Stream the answer to a conversation, through the file's chat template; options as
         `generate`.
 
@@ -311,7 +371,7 @@ def _common(a: Sequence[int], b: Sequence[int]) -> int:
     )
 
 
-def _until(pieces: Iterator[str], stops: list[str]) -> Iterator[str]:
+def _until(pieces: Generator[str], stops: list[str]) -> Iterator[str]:
     """Pass pieces on until one of `stops` appears; what may be its beginning is held back."""
     held = ""
     longest = max((len(s) for s in stops), default=1) - 1
@@ -319,6 +379,7 @@ def _until(pieces: Iterator[str], stops: list[str]) -> Iterator[str]:
         held += piece
         found = min((i for s in stops if (i := held.find(s)) >= 0), default=-1)
         if found >= 0:
+            pieces.close()
             if held[:found]:
                 yield held[:found]
             return
@@ -328,29 +389,3 @@ def _until(pieces: Iterator[str], stops: list[str]) -> Iterator[str]:
             held = held[ready:]
     if held:
         yield held
-
-
-def _checked_threads(threads: int | None) -> int:
-    count = cores() if threads is None else threads
-    if not 1 <= count <= 256:
-        raise RequestError(f"threads = {count}: expected 1 to 256")
-    return count
-
-
-def _checked_context(ctx: int | None, arch: "Arch", path: Path) -> int:
-    if ctx is None:
-        return min(arch.context_length, DEFAULT_CONTEXT)
-    if not 1 <= ctx <= arch.context_length:
-        raise RequestError(
-            f"ctx = {ctx}: expected 1 to {arch.context_length}, the context length of {path}"
-        )
-    return ctx
-
-
-def _free_memory() -> int | None:
-    try:
-        import psutil
-
-        return int(psutil.virtual_memory().available)
-    except (OSError, EdgeqError):
-        return None

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from edgeq.checks import whole
 from edgeq.errors import RequestError
 
 if TYPE_CHECKING:
@@ -47,8 +48,7 @@ def perplexity(
 
     Raises RequestError when the text is shorter than two windows or ctx exceeds the model's.
     """
-    if ctx > model.ctx:
-        raise RequestError(f"ctx = {ctx}: expected at most the loaded context of {model.ctx}")
+    ctx = whole("ctx", ctx, 4, model.ctx)
     tokenizer = model.tokenizer
     bos = tokenizer.bos_id if tokenizer.add_bos else None
     ids = tokenizer.encode(text, special=False, bos=True)

@@ -24,7 +24,7 @@ from edgeq import blocks
 from edgeq.blocks import BlockFormat
 from edgeq.errors import ModelError, RequestError
 from edgeq.gguf import GgufWriter, TensorSpec
-from edgeq.quantize import available, find, quantize
+from edgeq.quantizers import available, find, quantize
 from edgeq.recipe import Recipe, assign, recipes
 from edgeq.sources import Source, open_source
 
@@ -114,7 +114,7 @@ def run(
 
     out: file to write, or a folder for `<name>-<RECIPE>.gguf`; by default the current folder.
     recipe: name such as "Q4_K_M", or path of a recipe file.
-    method: file name in edgeq/quantize/. threads: for quantizing; by default all cores.
+    method: file name in edgeq/quantizers/. threads: for quantizing; by default all cores.
     importance: GGUF tensor name -> mean square activation of each column, float32 [cols].
     force: replace an existing file. progress: called after each step.
     allow_requantize: accept a source that is quantized already.

@@ -1,10 +1,12 @@
 """Runs cases of kernelcases.py and emitcases.py beside a forbidden page, in a child of their own.
 
-As a program it reads lines [edge, cases], a case being [function, args, options], and answers each
-with a line of JSON: null, or which case went wrong and how (a signal, or an exception).
+As a program it reads lines of cases [function, args, options] and answers each line with a line of
+JSON: null, or which case went wrong and how (a signal, or an exception). Each case runs twice, with
+memory that ends at the page and with memory that starts behind it.
 """
 
 import functools
+import itertools
 import json
 import os
 import signal
@@ -38,8 +40,8 @@ class Fence:
         assert self._server.stdout
         self._questions, self._answers = self._server.stdin, self._server.stdout
 
-    def ask(self, edge: str, cases: list[Case]) -> str | None:
-        self._questions.write(json.dumps([edge, cases]) + "\n")
+    def ask(self, cases: list[Case]) -> str | None:
+        self._questions.write(json.dumps(cases) + "\n")
         self._questions.flush()
         return json.loads(self._answers.readline())
 
@@ -49,12 +51,12 @@ class Fence:
         self._answers.close()
 
 
-def in_child(edge: str, cases: list[Case]) -> str | None:
+def in_child(cases: list[Case]) -> str | None:
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
         signal.alarm(60)
-        run(edge, cases, writer)
+        run(cases, writer)
         os._exit(0)
     os.close(writer)
     with os.fdopen(reader) as file:
@@ -65,13 +67,13 @@ def in_child(edge: str, cases: list[Case]) -> str | None:
     return f"{case}: {error}" if error else None
 
 
-def run(edge: str, cases: list[Case], writer: int) -> None:
+def run(cases: list[Case], writer: int) -> None:
     """Writes each case before it starts, so that the last one is known after a crash."""
-    place = functools.partial(kit.fenced, front=edge == "front")
     try:
-        for function, args, options in cases:
-            os.write(writer, f"\0{function} {args} {options}\n".encode())
+        for edge, (function, args, options) in itertools.product(("end", "front"), cases):
+            os.write(writer, f"\0{edge}: {function} {args} {options}\n".encode())
             home = kernelcases if hasattr(kernelcases, function) else emitcases
+            place = functools.partial(kit.fenced, front=edge == "front")
             getattr(home, function)(*args, **options, place=place)
     except BaseException:
         os.write(writer, traceback.format_exc()[-900:].encode())
@@ -79,7 +81,7 @@ def run(edge: str, cases: list[Case], writer: int) -> None:
 
 def main() -> None:
     for line in sys.stdin:
-        print(json.dumps(in_child(*json.loads(line))), flush=True)
+        print(json.dumps(in_child(json.loads(line))), flush=True)
 
 
 if __name__ == "__main__":

@@ -246,6 +246,9 @@ def measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Any]:
             stddev_ts=7.891,
             samples_ns=[1_000_000_000],
             samples_ts=[123.456],
+            peak_rss=3 * 2**20,
+            rate=50.0,
+            limit=200.0,
         )
 
     def run(path: Path, **options: Any) -> list[bench.Row]:
@@ -262,12 +265,12 @@ def measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Any]:
 def test_bench_defaults_and_columns(measured: dict[str, Any]) -> None:
     result = edgeq("bench", "model.gguf")
     assert result.stdout.splitlines() == [
-        "| model | size | params | backend | threads | test | t/s |",
-        "| --- | ---: | ---: | --- | ---: | ---: | ---: |",
-        "| tiny | 3.0 MiB | 7.34 M | avx2 | 2 | pp512 | 123.46 ± 7.89 |",
-        "| tiny | 3.0 MiB | 7.34 M | avx2 | 2 | tg128 | 123.46 ± 7.89 |",
+        "| model | size | params | backend | threads | test | t/s | of this machine | peak RAM |",
+        "| --- | ---: | ---: | --- | ---: | ---: | ---: | ---: | ---: |",
+        "| tiny | 3.0 MiB | 7.34 M | avx2 | 2 | pp512 | 123.46 ± 7.89 |"
+        " 50.0 GMAC/s, 25% | 3.0 MiB |",
+        "| tiny | 3.0 MiB | 7.34 M | avx2 | 2 | tg128 | 123.46 ± 7.89 | 50.0 GB/s, 25% | 3.0 MiB |",
     ]
-    assert "peak RAM" in result.stderr
     assert (measured["reps"], measured["threads"]) == (5, None)
 
 

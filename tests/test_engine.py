@@ -1,8 +1,10 @@
 """The engine on the small trained model: prompts, cache, generation, errors."""
 
+import contextlib
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import golden
@@ -76,6 +78,7 @@ def test_stop_texts_end_the_answer_and_are_not_shown(model: Model) -> None:
     stop = whole[8:12]
     pieces = list(model.generate("The", max_tokens=30, temperature=0, stop=[stop]))
     assert "".join(pieces) == whole[: whole.index(stop)]
+    assert model.stats.finish == "stop"
     with pytest.raises(RequestError, match="stop"):
         model.generate("The", stop=[""])
 
@@ -106,10 +109,89 @@ def test_settings_are_checked(path: Path, model: Model) -> None:
             edgeq.load(path, **options)
 
 
+@pytest.mark.parametrize(
+    "options", [{"max_tokens": -2}, {"max_tokens": 2.5}, {"stop": 5}, {"stop": ["a", 1]}]
+)
+def test_options_are_checked(model: Model, options: dict) -> None:
+    with pytest.raises(RequestError, match=next(iter(options))):
+        model.generate("The", **options)
+
+
 def test_a_cache_that_does_not_fit_is_refused(path: Path, monkeypatch) -> None:
-    monkeypatch.setattr("edgeq.engine._free_memory", lambda: 1 << 19)
+    monkeypatch.setattr("edgeq.memory.available", lambda: 1 << 19)
     with pytest.raises(ResourceError, match=r"context 256 needs 1 MiB, 0 MiB .* use -c 128 or"):
-        edgeq.load(path)
+        edgeq.load(path, ctx=256)
+    with edgeq.load(path) as model:  # without a wish: what fits in half of the free memory
+        assert model.ctx == 64
+        assert model.warnings == ["context of 64 instead of 256: memory is short"]
+
+
+def test_nothing_is_written_past_the_cache(path: Path) -> None:
+    with edgeq.load(path, ctx=16) as model:
+        for ids in ([5] * 17, [4096], [-1]):
+            with pytest.raises(RequestError):
+                model.feed(ids)
+        model.feed([5] * 16)
+        with pytest.raises(RequestError, match="17 tokens: the context holds 16"):
+            model.feed([5])
+
+
+def test_a_closed_model_says_so(path: Path) -> None:
+    for threads in (1, 2):
+        with edgeq.load(path, threads=threads) as model:
+            answer = model.generate("The")
+        with pytest.raises(ResourceError, match="closed"):
+            next(answer)
+
+
+def test_a_second_request_ends_the_first_answer(model: Model) -> None:
+    first, second = (model.generate("The", temperature=0, max_tokens=9) for _ in range(2))
+    next(first)
+    next(second)
+    with pytest.raises(RequestError, match="another request"):
+        list(first)
+    assert list(second)
+
+
+def test_a_file_that_changed_is_refused(path: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy.gguf"
+    copy.write_bytes(path.read_bytes())
+    with edgeq.load(copy) as model:
+        copy.write_bytes(path.read_bytes() + b"more")
+        with pytest.raises(ResourceError, match="changed"):
+            list(model.generate("The"))
+
+
+def test_ctrl_c_ends_a_long_prompt_at_once(path: Path, monkeypatch) -> None:
+    with edgeq.load(path, threads=2) as model:
+        expected = model.feed(list(range(7, 207)), logits=True).copy()
+        for moment in (0, 1, 2):
+            model.reset()
+            with interrupt_after(monkeypatch, moment), pytest.raises(KeyboardInterrupt):
+                model.feed(list(range(7, 207)), logits=True)
+            model.reset()
+            again = model.feed(list(range(7, 207)), logits=True)
+            np.testing.assert_array_equal(again, expected)
+
+
+@contextlib.contextmanager
+def interrupt_after(monkeypatch, moment: int):
+    """KeyboardInterrupt in the thread that waits for a program, at one of a few moments."""
+    from edgeq.kernels import program
+
+    join = threading.Thread.join
+
+    def interrupted(self, timeout=None):
+        if self.name.startswith("edgeq") or interrupted.done:
+            return join(self, timeout)
+        interrupted.done = True
+        join(self, moment / 1000)
+        raise KeyboardInterrupt
+
+    interrupted.done = False
+    with monkeypatch.context() as patch:
+        patch.setattr(program.threading.Thread, "join", interrupted)
+        yield
 
 
 def test_logits_that_are_no_numbers_are_an_error(model: Model, monkeypatch) -> None:

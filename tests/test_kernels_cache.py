@@ -198,7 +198,7 @@ team.close()
 heavy = [m for m in ("numba", "edgeq.kernels.compile") if m in sys.modules]
 print(json.dumps([seen, heavy]))
 """
-NAMES = ["walk", "post", "serve", "embed/Q4_0"]
+NAMES = ["walk", "lead", "serve", "embed/Q4_0"]
 
 
 def start(folder: Path, names: list[str], **env: str) -> tuple[list[list[object]], list[str]]:
@@ -226,10 +226,10 @@ def test_starts(tmp_path: Path) -> None:
 
     files = {path.stem: path for path in tmp_path.rglob("*.o")}
     assert set(files) == {name.replace("/", "-") for name in NAMES}
-    files["post"].write_bytes(b"")
+    files["lead"].write_bytes(b"")
     files["walk"].write_bytes(other_symbol(files["walk"].read_bytes()))
     seen, _ = start(tmp_path, NAMES)
-    assert sorted(name for name, _, _ in seen) == ["", "post", "walk"]
+    assert sorted(name for name, _, _ in seen) == ["", "lead", "walk"]
     assert start(tmp_path, NAMES) == ([], [])
     assert {p.suffix for p in tmp_path.rglob("*") if p.is_file()} == {".o"}  # nothing half written
 
@@ -248,4 +248,4 @@ def test_a_broken_compiler_is_one_line(tmp_path: Path, monkeypatch: pytest.Monke
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         with pytest.raises(KernelError, match=r"^compiling kernels for \S+ failed: exit code 1$"):
-            kernels.load(["post"], ISA)
+            kernels.load(["lead"], ISA)

@@ -3,6 +3,7 @@
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import cache
 
 import kernelkit as kit
 import numpy as np
@@ -15,7 +16,7 @@ from edgeq.kernels.program import Op, Program, Team, aligned, arguments
 
 ISA = isas.choose(kit.BEST)
 CORES = 2
-WAIT = 60  # seconds; a team that hangs fails the test instead of the whole run
+WAIT = 30  # seconds; a team that hangs fails the test instead of the whole run
 
 
 def add_atomic(e: Emit, address: Value, value: int) -> None:
@@ -56,10 +57,14 @@ def total_sum(e: Emit, args: Value, thread: Value, threads: Value) -> None:
     e.store(total, e.pointer(out), e.b.mul(thread, I64(4)))
 
 
-@pytest.fixture(scope="module")
+@cache
+def compiled() -> dict[str, Callable[..., None]]:
+    return {f.__name__: kit.native(f, "iii", ISA) for f in (count, partial_sum, total_sum)}
+
+
+@pytest.fixture
 def addresses() -> dict[str, int]:
-    kernels = {f.__name__: kit.native(f, "iii", ISA) for f in (count, partial_sum, total_sum)}
-    return {name: kernel.address for name, kernel in kernels.items()}
+    return {name: kernel.address for name, kernel in compiled().items()}  # type: ignore[attr-defined]
 
 
 @pytest.fixture

@@ -6,10 +6,31 @@ import kernelkit as kit
 import numpy as np
 import pytest
 
+from edgeq.errors import KernelError
 from edgeq.kernels import isa as isas
 from edgeq.kernels.llvm import F16, F32, I8, I32, Emit, Value, vector
 
 HALVES = np.arange(65536, dtype=np.uint16)
+
+
+def test_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The best that runs here, unless told otherwise; a name that does not run is refused."""
+    monkeypatch.delenv("EDGEQ_ISA", raising=False)
+    assert isas.choose().NAME == kit.BEST
+    for name in kit.ISAS:
+        monkeypatch.setenv("EDGEQ_ISA", name)
+        assert name == isas.choose().NAME
+    for name in ("mmx", *(set(isas.modules()) - set(kit.ISAS))):
+        with pytest.raises(KernelError, match=rf"'{name}' does not run .* expected one of .*porta"):
+            isas.choose(name)
+
+
+def test_features_decide(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CPU with fewer features gets an instruction set that needs no more."""
+    for isa in isas.modules().values():
+        if isas.machine() in isa.CPU:
+            monkeypatch.setattr(isas, "host_features", lambda needs=isa.NEEDS: needs)
+            assert isas.choose().NAME == isa.NAME
 
 
 def runnable() -> list[str]:

@@ -98,6 +98,19 @@ def test_a_missing_tensor_is_named(shared_data: Path, convert: Convert) -> None:
             weights.bind(gguf, arch)
 
 
+def test_a_tensor_without_a_place_is_refused(shared_data: Path, convert: Convert) -> None:
+    from edgeq import models
+
+    with edgeq.open_gguf(convert("llama", "F32")) as gguf:
+        arch, tensors = models.find("llama").arch(gguf), gguf.tensors
+        for name in ("blk.0.attn_q_norm.weight", "output_norm.bias", "blk.2.ffn_up.weight"):
+            gguf.tensors = {**tensors, name: tensors["output_norm.weight"]}
+            with pytest.raises(ModelError, match=f"tensor {name} has no place"):
+                weights.bind(gguf, arch)
+        gguf.tensors = {**tensors, "extra.weight": tensors["output_norm.weight"]}
+        assert weights.bind(gguf, arch).unused == ("extra.weight",)
+
+
 def test_yarn_leaves_fast_pairs_and_slows_slow_ones() -> None:
     plain = rope.frequencies(Rope(dim=64, base=10000.0, style="norm"))
     yarn = Rope(64, 10000.0, "norm", scaling="yarn", factor=4.0, original_context=4096)

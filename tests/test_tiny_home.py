@@ -99,5 +99,6 @@ def test_a_short_text_is_refused(convert: Convert) -> None:
     with edgeq.load(convert("Q8_0")) as model:
         with pytest.raises(RequestError, match="expected at least 512, two windows"):
             edgeq.perplexity(model, "too short", ctx=256)
-        with pytest.raises(RequestError, match="ctx = 512"):
-            edgeq.perplexity(model, "x" * 10000, ctx=512)
+        for ctx in (512, 3, 0):
+            with pytest.raises(RequestError, match=f"ctx = {ctx}"):
+                edgeq.perplexity(model, "x" * 10000, ctx=ctx)

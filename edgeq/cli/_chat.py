@@ -8,7 +8,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgeq.cli._terminal import harmless, human, is_terminal, note, peak_ram
+from edgeq import memory
+from edgeq.cli._terminal import harmless, human, is_terminal, note
 from edgeq.errors import EdgeqError, RequestError
 from edgeq.sampler import Sampler
 
@@ -85,7 +86,7 @@ def statistics(model: "Model") -> str:
         [
             f"prompt {s.prompt_tokens}{cached} tok, {_rate(s.prompt_tokens, s.prompt_seconds)}",
             f"answer {s.generated_tokens} tok, {_rate(s.generated_tokens, s.generation_seconds)}",
-            f"peak RAM {human(peak_ram())}",
+            f"peak RAM {human(memory.peak())}",
             f"{model.threads} thread{'s' if model.threads > 1 else ''}",
             model.isa,
         ]

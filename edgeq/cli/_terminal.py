@@ -1,12 +1,11 @@
-"""What the commands share about the terminal: text that cannot harm it, a status line, memory."""
+"""What the commands share about the terminal: text that cannot harm it, a status line."""
 
 import os
 import re
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
-__all__ = ["Status", "dim", "harmless", "human", "is_terminal", "note", "peak_ram"]
+__all__ = ["Status", "dim", "harmless", "human", "is_terminal", "note"]
 
 # Control characters but tab and newline, and halves of characters from undecodable bytes.
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
@@ -50,23 +49,6 @@ def human(size: float) -> str:
     while (size := size / 1024) >= 1024 and len(units) > 1:
         units.pop(0)
     return f"{size:.1f} {units[0]}"
-
-
-def peak_ram() -> int:
-    """Most memory that this process has held at once, in bytes, mapped file pages included.
-
-    >>> peak_ram() > 1_000_000
-    True
-    """
-    try:
-        # getrusage's value also counts the program that started this one: VmHWM does not.
-        status = Path("/proc/self/status").read_text()
-        return int(status.split("VmHWM:")[1].split()[0]) * 1024
-    except (OSError, IndexError):
-        import resource
-
-        scale = 1 if sys.platform == "darwin" else 1024
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
 
 
 class Status:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from edgeq.cli._terminal import Status, human, note, peak_ram
+from edgeq.cli._terminal import Status, human
 
 if TYPE_CHECKING:
     from edgeq.bench import Row
@@ -84,13 +84,12 @@ def command(
     finally:
         status.clear()
     click.echo(_FORMATS[output](rows))
-    note(f"peak RAM {human(peak_ram())}")
 
 
 def _markdown(rows: "Sequence[Row]") -> str:
     lines = [
-        "| model | size | params | backend | threads | test | t/s |",
-        "| --- | ---: | ---: | --- | ---: | ---: | ---: |",
+        "| model | size | params | backend | threads | test | t/s | of this machine | peak RAM |",
+        "| --- | ---: | ---: | --- | ---: | ---: | ---: | ---: | ---: |",
     ]
     for row in rows:
         cells = (
@@ -101,6 +100,8 @@ def _markdown(rows: "Sequence[Row]") -> str:
             row.n_threads,
             _test(row),
             f"{row.avg_ts:.2f} ± {row.stddev_ts:.2f}",
+            f"{row.rate:.1f} {'GMAC/s' if row.n_prompt else 'GB/s'}, {row.rate / row.limit:.0%}",
+            human(row.peak_rss),
         )
         lines.append(f"| {' | '.join(str(cell) for cell in cells)} |")
     return "\n".join(lines)

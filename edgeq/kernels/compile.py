@@ -14,7 +14,7 @@ from numba import cfunc
 
 from edgeq import blocks
 from edgeq.errors import KernelError
-from edgeq.kernels import activations, attention, cache, matmul, sync
+from edgeq.kernels import activations, attention, cache, matmul, probe, sync
 from edgeq.kernels import isa as isas
 from edgeq.kernels.words import SIGNATURE
 
@@ -30,8 +30,10 @@ def body(name: str, isa: ModuleType) -> Any:
         "gather": activations.gather,
         "rope": attention.rope,
         "walk": sync.walk,
-        "post": sync.post,
+        "lead": sync.lead,
         "serve": sync.serve,
+        "probe_read": probe.probe_read,
+        "probe_dot": probe.probe_dot,
     }
     if op in by_format:
         return by_format[op](isa, blocks.get(variant))

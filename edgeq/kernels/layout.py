@@ -5,13 +5,16 @@ Plain numbers, so that the engine's process reads them without importing a compi
 """
 
 LINE = 16  # int64 words per cache line, and its neighbour that is fetched along
-ARRIVED, GENERATION, TASK, BLOCK, SPIN, IDLE_SPIN, YIELD, WALK, STOP = (LINE * i for i in range(9))
-SYNC_WORDS = 9 * LINE
+ARRIVED, GENERATION, TASK, BLOCK, SPIN, IDLE_SPIN, YIELD, WALK, STOP, CANCEL, HALT = (
+    LINE * i for i in range(11)
+)
+SYNC_WORDS = 11 * LINE
 WORDS_PER_OP = 3  # kernel address, argument block, 1 if a barrier follows
 BLOCK_WORDS = 4  # program block: address of the ops, their count, sync block, threads
 
 TILE_KEYS = 16  # keys side by side in the K cache
 KEYS = 128  # keys per step of online softmax
+DOT_CHAINS = 12  # independent sums of the dot-product probe: more than its latency
 
 # Argument blocks, by kernel. Everywhere: state = [tokens, first position]; eps, scale: f32 bits;
 # strides in f32 words.

@@ -1,5 +1,6 @@
 """A program: the flat list of ops that a model becomes, and the threads that walk it."""
 
+import contextlib
 import ctypes
 import os
 import threading
@@ -9,10 +10,11 @@ from types import ModuleType
 
 import numpy as np
 
-from edgeq.errors import KernelError
+from edgeq.errors import KernelError, ResourceError
 from edgeq.kernels import cache, load
 from edgeq.kernels.layout import (
     BLOCK_WORDS,
+    CANCEL,
     IDLE_SPIN,
     SPIN,
     STOP,
@@ -26,6 +28,7 @@ from edgeq.kernels.layout import (
 __all__ = ["Op", "Program", "Team", "aligned", "arguments"]
 
 BARRIER_SPINS = 100  # about a microsecond, then yield the core: others may need it
+TEAM_KERNELS = ("walk", "lead", "serve")
 IDLE_SPINS = 20000  # about half a millisecond between two tokens, then sleep
 
 
@@ -74,9 +77,14 @@ class Program:
         assert len(block) == BLOCK_WORDS
         self._team, self._threads = team, threads
 
-    def run(self) -> None:
-        """Walk the ops; returns when all threads are done."""
-        self._team.run(self._block.ctypes.data, self._threads)
+    def run(self, *, interruptible: bool = False) -> None:
+        """Walk the ops; returns when all threads are done.
+
+        interruptible: a signal ends it at the next op, for programs that run long (Python handles
+        signals only when native code has returned).
+        """
+        run = self._team.run_interruptible if interruptible else self._team.run
+        run(self._block.ctypes.data, self._threads)
 
 
 def _yield_address() -> int:
@@ -86,6 +94,13 @@ def _yield_address() -> int:
     else:
         function = ctypes.CDLL(None).sched_yield
     return int(ctypes.cast(function, ctypes.c_void_p).value or 0)
+
+
+def _outlast(runner: threading.Thread) -> None:
+    """Wait for a thread that is about to end, whatever else is pressed meanwhile."""
+    while runner.is_alive():
+        with contextlib.suppress(KeyboardInterrupt):
+            runner.join()
 
 
 class Team:
@@ -101,16 +116,15 @@ class Team:
         progress: Callable[[str, int, int], None] | None = None,
     ):
         self.threads = threads
-        kernels = load(("walk", "post", "serve"), isa, progress)
-        self._walk, self._post, self._serve = (
-            cache.callable_at(kernels[k]) for k in ("walk", "post", "serve")
-        )
+        kernels = load(TEAM_KERNELS, isa, progress)
+        self._walk, self._lead, self._serve = (cache.callable_at(kernels[k]) for k in TEAM_KERNELS)
         self.sync = aligned(8 * SYNC_WORDS).view(np.int64)
         self.sync[WALK], self.sync[YIELD] = kernels["walk"], _yield_address()
         alone = threads > cores  # a spinning thread would keep the one it waits for from running
         self.sync[SPIN], self.sync[IDLE_SPIN] = (0, 0) if alone else (BARRIER_SPINS, IDLE_SPINS)
         self._lock = threading.Lock()
         self._asleep: list[threading.Event] = []
+        self._busy = False  # a program is about to be posted or runs: nobody may fall asleep
         self._workers = [
             threading.Thread(target=self._work, args=(i,), name=f"edgeq-{i}", daemon=True)
             for i in range(1, threads)
@@ -119,15 +133,50 @@ class Team:
             worker.start()
 
     def run(self, block: int, threads: int) -> None:
-        """Walk the program at `block` with `threads` threads."""
-        if threads > 1:
-            self._announce(block)
-        self._walk(block, 0, threads)
+        """Walk the program at `block` with `threads` threads.
 
-    def _announce(self, block: int) -> None:
-        with self._lock:
-            self._post(block, 0, 0)
-            sleepers, self._asleep = self._asleep, []
+        An exception (Ctrl-C) may come before or after the walk, never between its threads. Raises
+        ResourceError after `close`.
+        """
+        if self.sync[STOP]:
+            raise ResourceError("this model is closed: load it again")
+        if threads == 1:
+            self._walk(block, 0, 1)
+            return
+        try:
+            with self._lock:
+                self._busy = True
+                self._wake()
+            self._lead(block, 0, threads)
+        finally:
+            self._busy = False
+
+    def run_interruptible(self, block: int, threads: int) -> None:
+        """`run` on a thread of its own, while this one can receive signals."""
+        failures: list[BaseException] = []
+
+        def native() -> None:
+            try:
+                self.run(block, threads)
+            except BaseException as error:
+                failures.append(error)
+
+        runner = threading.Thread(target=native, daemon=True)
+        runner.start()
+        try:
+            runner.join()
+        except BaseException:
+            self.sync[CANCEL] = 1
+            _outlast(runner)
+            raise
+        finally:
+            self.sync[CANCEL] = 0
+        if failures:
+            raise failures[0]
+
+    def _wake(self) -> None:
+        """Wake all sleepers; the lock is held."""
+        sleepers, self._asleep = self._asleep, []
         for event in sleepers:
             event.set()
 
@@ -137,7 +186,7 @@ class Team:
         while not self.sync[STOP]:
             self._serve(own.ctypes.data, thread, 0)
             with self._lock:
-                if self.sync[TASK] != own[1] or self.sync[STOP]:
+                if self._busy or self.sync[TASK] != own[1] or self.sync[STOP]:
                     continue
                 event.clear()
                 self._asleep.append(event)
@@ -145,10 +194,8 @@ class Team:
 
     def close(self) -> None:
         """Stop the workers."""
-        self.sync[STOP] = 1
         with self._lock:
-            sleepers, self._asleep = self._asleep, []
-        for event in sleepers:
-            event.set()
+            self.sync[STOP] = 1
+            self._wake()
         for worker in self._workers:
             worker.join()

@@ -9,7 +9,9 @@ from typing import Any
 from edgeq.kernels.layout import (
     ARRIVED,
     BLOCK,
+    CANCEL,
     GENERATION,
+    HALT,
     IDLE_SPIN,
     SPIN,
     STOP,
@@ -20,11 +22,14 @@ from edgeq.kernels.layout import (
 )
 from edgeq.kernels.words import add_at, call0, call3, load, pause, peek, poke, store
 
-__all__ = ["post", "serve", "walk"]
+__all__ = ["lead", "serve", "walk"]
 
 
 def walk(isa: ModuleType) -> Any:
-    """kernel(block, thread, threads): run a program's ops in order, with its barriers."""
+    """kernel(block, thread, threads): run a program's ops in order, with its barriers.
+
+    After CANCEL is set, all threads leave at the same barrier: the last to arrive decides for all.
+    """
     hint = pause(isa)
 
     def kernel(args, thread, threads):
@@ -36,6 +41,7 @@ def walk(isa: ModuleType) -> Any:
                 generation = peek(sync, GENERATION)
                 if add_at(sync, ARRIVED, 1) == threads - 1:
                     poke(sync, ARRIVED, 0)
+                    poke(sync, HALT, peek(sync, CANCEL))
                     add_at(sync, GENERATION, 1)
                 else:
                     spins = load(sync, SPIN)
@@ -45,17 +51,25 @@ def walk(isa: ModuleType) -> Any:
                             hint()
                         else:
                             call0(load(sync, YIELD))
+                if peek(sync, HALT) != 0:
+                    return
+            elif threads == 1 and peek(sync, CANCEL) != 0:
+                return
 
     return kernel
 
 
-def post(isa: ModuleType) -> Any:
-    """kernel(block, _, _): make a program the next task of the workers."""
+def lead(isa: ModuleType) -> Any:
+    """kernel(block, _, threads): make a program the workers' next task and walk it as thread 0.
+
+    One native call, so that no interrupt of the interpreter comes between.
+    """
 
     def kernel(args, thread, threads):
         sync = load(args, 2)
         poke(sync, BLOCK, args)
         add_at(sync, TASK, 1)
+        call3(load(sync, WALK), args, 0, threads)
 
     return kernel
 

@@ -14,7 +14,7 @@ from edgeq.errors import ModelError
 from edgeq.models.arch import Arch
 
 if TYPE_CHECKING:
-    from edgeq.gguf import Gguf
+    from edgeq.gguf import Gguf, TensorInfo
 
 __all__ = ["Layer", "Matrix", "Weights", "bind"]
 
@@ -67,6 +67,7 @@ class Weights:
     output_norm: Vector
     output: Matrix  # the embedding matrix where the file has none
     rope_freqs: Vector | None
+    unused: tuple[str, ...]  # tensors of the file that no part of the model asks for
 
     @property
     def matrices(self) -> list[Matrix]:
@@ -79,10 +80,11 @@ class _Binder:
     def __init__(self, gguf: "Gguf") -> None:
         self.gguf = gguf
         self.missing: list[str] = []
+        self.used: set[str] = set()
 
     def matrix(self, name: str, rows: int, cols: int) -> Matrix:
         weight = f"{name}.weight"
-        info = self.gguf.tensors.get(weight)
+        info = self._info(weight)
         if info is None:
             self.missing.append(weight)
             return Matrix(weight, blocks.get("F32"), 0, 0, np.empty((0, 0), np.uint8))
@@ -93,13 +95,20 @@ class _Binder:
         )
 
     def vector(self, name: str, length: int, *, optional: bool = False) -> Vector | None:
-        info = self.gguf.tensors.get(name)
+        info = self._info(name)
         if info is None:
             if not optional:
                 self.missing.append(name)
             return None
         self._check(name, info.shape, (length,))
-        return np.ascontiguousarray(blocks.decode(self.gguf.tensor(name), info.format))
+        values = np.ascontiguousarray(blocks.decode(self.gguf.tensor(name), info.format))
+        if not np.isfinite(values).all():
+            raise ModelError(f"{self.gguf.path}: tensor {name} holds NaN or Inf: convert it again")
+        return values
+
+    def _info(self, name: str) -> "TensorInfo | None":
+        self.used.add(name)
+        return self.gguf.tensors.get(name)
 
     def needed(self, name: str, length: int) -> Vector:
         found = self.vector(name, length)
@@ -131,7 +140,21 @@ def bind(gguf: "Gguf", arch: Arch) -> Weights:
             f"{gguf.path}: {len(b.missing)} tensors are missing: {shown}: is the file complete?"
         )
     rope = b.vector("rope_freqs.weight", arch.rope.dim // 2, optional=True)
-    return Weights(embedding, layers, norm, output, rope)
+    if rope is not None and not (rope > 0).all():
+        raise ModelError(f"{gguf.path}: tensor rope_freqs.weight: expected values above 0")
+    return Weights(embedding, layers, norm, output, rope, _unused(b))
+
+
+def _unused(b: _Binder) -> tuple[str, ...]:
+    """Names that nothing asked for. One that would change the result is an error."""
+    names = [name for name in b.gguf.tensors if name not in b.used]
+    for name in names:
+        if name.endswith(".bias") or "norm" in name or name.startswith("blk."):
+            raise ModelError(
+                f"{b.gguf.path}: tensor {name} has no place in this architecture: the model would "
+                "compute something else than it was trained to"
+            )
+    return tuple(names)
 
 
 def _layer(b: _Binder, arch: Arch, at: str) -> Layer:

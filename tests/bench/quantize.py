@@ -10,7 +10,7 @@ import time
 import numpy as np
 
 from edgeq import blocks
-from edgeq.quantize import quantize
+from edgeq.quantizers import quantize
 
 ROWS, COLS = 2048, 2048
 REPEATS = 3

@@ -7,9 +7,10 @@ a group would like, `cost`, what missing it costs, and `sc`, the integer scale i
 
 import numpy as np
 
-from edgeq.quantize.search.jit import helper, kernel
-from edgeq.quantize.search.lanes import (
+from edgeq.quantizers.search.jit import helper, kernel
+from edgeq.quantizers.search.lanes import (
     LANES,
+    absolute,
     clip,
     fma,
     half,
@@ -20,7 +21,7 @@ from edgeq.quantize.search.lanes import (
     store,
     store_int8,
 )
-from edgeq.quantize.search.scan import (
+from edgeq.quantizers.search.scan import (
     UNBOUNDED,
     Plan,
     Rows,
@@ -31,7 +32,7 @@ from edgeq.quantize.search.scan import (
     nearest,
     scan,
 )
-from edgeq.quantize.search.tiles import (
+from edgeq.quantizers.search.tiles import (
     gather_tile,
     lane_rows,
     scatter,
@@ -40,16 +41,23 @@ from edgeq.quantize.search.tiles import (
 )
 
 SCALE_STEPS = 9
+HALF_MIN = 2.0**-24
+LOST = 1e6  # d / half(d) is this large where half(d) is 0, and only there
 SCALE_CODES = 0.9  # how far the extreme scale is tried beyond the ends of the integers
 PLAIN = 2  # trials: 0 as searched, 1 refitted, 2 plain rounding, which is taken as it is
 
 
 @helper
 def scan_scales(wish, cost, ends):
-    """The f16 d with which the integers ends.low..ends.high come closest to the wishes."""
+    """The f16 d with which the integers ends.low..ends.high come closest to the wishes.
+
+    Too small for f16, d becomes its smallest number: small integers may still do.
+    """
     spread = SCALE_CODES / max(ends.high, -ends.low)
     rows = Rows(wish, cost, wish.size // LANES)
-    return half(scan(rows, 0, ends, Plan(spread, SCALE_STEPS))[0])
+    d = scan(rows, 0, ends, Plan(spread, SCALE_STEPS))[0]
+    lost = absolute(d) > absolute(half(d)) * LOST
+    return select(lost, HALF_MIN, half(d))
 
 
 @helper

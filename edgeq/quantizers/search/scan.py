@@ -5,8 +5,8 @@ All sums are weighted. What comes back as `cost` is the curvature of the error i
 
 from typing import Any, NamedTuple
 
-from edgeq.quantize.search.jit import helper
-from edgeq.quantize.search.lanes import absolute, clip, fma, load, rint, select, splat
+from edgeq.quantizers.search.jit import helper
+from edgeq.quantizers.search.lanes import absolute, clip, fma, load, rint, select, splat
 
 TINY = 1e-30
 UNBOUNDED = 3e38

@@ -5,10 +5,10 @@ Lane l of tile t is block 16 t + l. Lanes past the last block repeat it, and wri
 
 import numpy as np
 
-from edgeq.quantize.search.jit import helper
-from edgeq.quantize.search.lanes import LANES, fma, load, sqrt, store, store_int8
-from edgeq.quantize.search.scan import inverse
-from edgeq.quantize.search.squares import gather_square, scatter_square
+from edgeq.quantizers.search.jit import helper
+from edgeq.quantizers.search.lanes import LANES, fma, load, sqrt, store, store_int8
+from edgeq.quantizers.search.scan import inverse
+from edgeq.quantizers.search.squares import gather_square, scatter_square
 
 
 @helper

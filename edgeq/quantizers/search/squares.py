@@ -7,7 +7,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from edgeq.quantize.search.lanes import LANES, address, is_flat, row_address
+from edgeq.quantizers.search.lanes import LANES, address, is_flat, row_address
 
 
 def _picks(bit, part):

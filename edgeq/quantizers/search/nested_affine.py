@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from edgeq.quantize.search.affine import ends, error_affine, moments, scan_affine, totals
-from edgeq.quantize.search.jit import helper, kernel
-from edgeq.quantize.search.lanes import (
+from edgeq.quantizers.search.affine import ends, error_affine, moments, scan_affine, totals
+from edgeq.quantizers.search.jit import helper, kernel
+from edgeq.quantizers.search.lanes import (
     LANES,
     clip,
     fma,
@@ -23,9 +23,9 @@ from edgeq.quantize.search.lanes import (
     store,
     store_int8,
 )
-from edgeq.quantize.search.nested import PLAIN, keep, scale_all, scan_scales
-from edgeq.quantize.search.scan import UNBOUNDED, Levels, Rows, extreme, inverse
-from edgeq.quantize.search.tiles import (
+from edgeq.quantizers.search.nested import PLAIN, keep, scale_all, scan_scales
+from edgeq.quantizers.search.scan import UNBOUNDED, Levels, Rows, extreme, inverse
+from edgeq.quantizers.search.tiles import (
     gather_tile,
     lane_rows,
     scatter,

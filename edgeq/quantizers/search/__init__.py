@@ -32,6 +32,12 @@ def quantize(w: Array, fmt: BlockFormat, importance: Array | None = None) -> Fie
 
     `importance` float32 [cols] is what an error in each column costs; None: all the same. Integers
     come as int8 and scales as float32 values that f16 can hold.
+
+    >>> from edgeq import blocks
+    >>> w = np.arange(-8, 8, dtype=np.float32).repeat(2).reshape(1, 32)
+    >>> fields = quantize(w, blocks.get("Q4_0"))
+    >>> fields["d"], fields["q"][0, 0, :4]
+    (array([[1.]], dtype=float32), array([-8, -8, -7, -7], dtype=int8))
     """
     blocks = w.size // fmt.block
     fields = {name: _empty(fmt, name, blocks) for name in fmt.fields}
@@ -47,7 +53,7 @@ def quantize(w: Array, fmt: BlockFormat, importance: Array | None = None) -> Fie
 
 def pack(fields: Fields, fmt: BlockFormat) -> NDArray[np.uint8]:
     """Bytes of fields, as `edgeq.blocks.pack` writes them."""
-    from edgeq.quantize.search.packing import pack
+    from edgeq.quantizers.search.packing import pack
 
     return pack(fields, fmt)
 
@@ -71,7 +77,7 @@ def _power(w: Array, fmt: BlockFormat) -> Array:
 
 def _levels(fmt: BlockFormat) -> tuple[Any, Any]:
     """The levels of `q` and how to scan scales for them."""
-    from edgeq.quantize.search.scan import Levels, Plan
+    from edgeq.quantizers.search.scan import Levels, Plan
 
     low, high = fmt.limits("q")
     plan = Plan(2 * SPREAD / (high - low + 1), STEPS)
@@ -84,27 +90,27 @@ def _levels(fmt: BlockFormat) -> tuple[Any, Any]:
 
 
 def _affine_plan() -> Any:
-    from edgeq.quantize.search.affine import AffinePlan
+    from edgeq.quantizers.search.affine import AffinePlan
 
     return AffinePlan(*AFFINE)
 
 
 def _scale(fmt: BlockFormat, inputs: tuple[Array, Array, Array], out: Fields) -> None:
-    from edgeq.quantize.search.flat import search_scale
+    from edgeq.quantizers.search.flat import search_scale
 
     search_scale(*inputs, *_levels(fmt), out["d"], out["q"])
 
 
 def _pair(fmt: BlockFormat, inputs: tuple[Array, Array, Array], out: Fields) -> None:
-    from edgeq.quantize.search.flat import search_pair
+    from edgeq.quantizers.search.flat import search_pair
 
     top = float(fmt.limits("q")[1])
     search_pair(*inputs, top, _affine_plan(), out["d"], out["m"], out["q"])
 
 
 def _scales(fmt: BlockFormat, inputs: tuple[Array, Array, Array], out: Fields) -> None:
-    from edgeq.quantize.search.nested import search_scales
-    from edgeq.quantize.search.scan import Levels
+    from edgeq.quantizers.search.nested import search_scales
+    from edgeq.quantizers.search.scan import Levels
 
     levels, plan = _levels(fmt)
     low, high = fmt.limits("sc")
@@ -114,7 +120,7 @@ def _scales(fmt: BlockFormat, inputs: tuple[Array, Array, Array], out: Fields) -
 
 
 def _pairs(fmt: BlockFormat, inputs: tuple[Array, Array, Array], out: Fields) -> None:
-    from edgeq.quantize.search.nested_affine import Tops, search_pairs
+    from edgeq.quantizers.search.nested_affine import Tops, search_pairs
 
     tops = Tops(*(float(fmt.limits(name)[1]) for name in ("q", "sc", "m")))
     fields = (out[name] for name in ("d", "dmin", "sc", "m", "q"))

@@ -6,9 +6,9 @@ the smallest, so that a large common offset costs no precision.
 
 from typing import NamedTuple
 
-from edgeq.quantize.search.jit import helper
-from edgeq.quantize.search.lanes import clip, fma, larger, load, rint, select, smaller, splat
-from edgeq.quantize.search.scan import UNBOUNDED, inverse
+from edgeq.quantizers.search.jit import helper
+from edgeq.quantizers.search.lanes import clip, fma, larger, load, rint, select, smaller, splat
+from edgeq.quantizers.search.scan import UNBOUNDED, inverse
 
 
 class AffinePlan(NamedTuple):

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeq.blocks import BlockFormat, Field
-from edgeq.quantize.search.jit import helper, kernel
+from edgeq.quantizers.search.jit import helper, kernel
 
 NARROW = 8  # lanes below which vectors do not pay
 

@@ -2,11 +2,11 @@
 
 import numpy as np
 
-from edgeq.quantize.search.affine import ends, error_affine, scan_affine
-from edgeq.quantize.search.jit import helper, kernel
-from edgeq.quantize.search.lanes import LANES, clip, half, load, rint, select, store_int8
-from edgeq.quantize.search.scan import Rows, code, error, extreme, inverse, scan
-from edgeq.quantize.search.tiles import gather_tile, lane_rows, scatter, scatter_scale
+from edgeq.quantizers.search.affine import ends, error_affine, scan_affine
+from edgeq.quantizers.search.jit import helper, kernel
+from edgeq.quantizers.search.lanes import LANES, clip, half, load, rint, select, store_int8
+from edgeq.quantizers.search.scan import Rows, code, error, extreme, inverse, scan
+from edgeq.quantizers.search.tiles import gather_tile, lane_rows, scatter, scatter_scale
 
 
 @helper

@@ -59,7 +59,7 @@ def find(name: str) -> Method:
     """Quantizer by name. Raises RequestError, listing the names there are.
 
     >>> find("rtn").__name__
-    'edgeq.quantize.rtn'
+    'edgeq.quantizers.rtn'
     """
     if name not in available():
         known = ", ".join(available())

@@ -1,0 +1,45 @@
+"""Values that callers give, each checked once: a RequestError names the field, the value and what
+was expected.
+"""
+
+import operator
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from edgeq.errors import RequestError
+
+__all__ = ["stop_texts", "token_ids", "whole"]
+
+
+def whole(name: str, value: Any, low: int, high: int) -> int:
+    """A whole number in low..high; True, 2.0 and "2" are none.
+
+    >>> whole("threads", 2, 1, 256)
+    2
+    >>> whole("threads", 0, 1, 256)
+    Traceback (most recent call last):
+        ...
+    edgeq.errors.RequestError: threads = 0: expected a whole number from 1 to 256
+    """
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise RequestError(f"{name} = {value!r}: expected a whole number from {low} to {high}")
+    number = operator.index(value)
+    if not low <= number <= high:
+        raise RequestError(f"{name} = {number}: expected a whole number from {low} to {high}")
+    return number
+
+
+def token_ids(ids: Iterable[Any], vocab_size: int) -> list[int]:
+    """Ids, at least one of them, each from 0 to vocab_size - 1."""
+    checked = [whole("token id", i, 0, vocab_size - 1) for i in ids]
+    if not checked:
+        raise RequestError("prompt: no tokens: expected at least one")
+    return checked
+
+
+def stop_texts(stop: str | Sequence[str]) -> list[str]:
+    """The texts that end an answer, none of them empty."""
+    texts = [stop] if isinstance(stop, str) else stop
+    if not isinstance(texts, list | tuple) or not all(isinstance(t, str) and t for t in texts):
+        raise RequestError(f"stop = {stop!r}: expected a text or several, none of them empty")
+    return list(texts)

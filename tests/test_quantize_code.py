@@ -1,0 +1,130 @@
+"""Quantizers: the bytes they write, and the compiled code of the search."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+from conftest import RandomBlocks
+
+from edgeq import blocks
+from edgeq.quantizers import find, quantize
+from edgeq.quantizers.search.packing import pack
+
+FORMATS = [name for name, fmt in blocks.formats().items() if fmt.value != "x"]
+
+
+# --- bytes ---
+
+
+@pytest.mark.parametrize("fmt", ["F32", "F16", "BF16"])
+def test_floats_are_rounded_to_nearest_even(fmt: str, rng: np.random.Generator) -> None:
+    w = rng.standard_normal((5, 64)).astype(np.float32)
+    w[0, :4] = 1 + np.array([1, 3, 5, 7]) * np.float32(2**-11)  # halfway between f16 values
+    w[1, :4] = 1 + np.array([1, 3, 5, 7]) * np.float32(2**-8)  # halfway between bf16 values
+    kind = gguf.GGMLQuantizationType[fmt]
+    expected = gguf.quants.quantize(w, kind).view(np.uint8).reshape(5, -1)
+    assert np.array_equal(quantize(w, fmt), expected)
+
+
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_compiled_pack_writes_the_same_bytes(fmt: str, random_blocks: RandomBlocks) -> None:
+    raw = random_blocks(blocks.get(fmt), 5, 3)
+    fields = {
+        name: values if values.dtype == np.float32 else values.astype(np.int8)
+        for name, values in blocks.unpack(raw, fmt).items()
+    }
+    assert np.array_equal(pack(fields, blocks.get(fmt)), raw)
+
+
+@pytest.mark.parametrize("method", ["rtn", "search"])
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_fields_are_shaped_as_unpack_gives_them(
+    fmt: str, method: str, rng: np.random.Generator
+) -> None:
+    w = rng.standard_normal((3, 512)).astype(np.float32)
+    fields = find(method).quantize(w, blocks.get(fmt))
+    unpacked = blocks.unpack(quantize(w, fmt, method=method), fmt)
+    assert set(fields) == set(unpacked)
+    for name, values in unpacked.items():
+        assert np.array_equal(fields[name].astype(values.dtype), values)
+
+
+# --- compiled code ---
+
+
+def test_lanes_round_to_half_precision() -> None:
+    from edgeq.quantizers.search.jit import kernel
+    from edgeq.quantizers.search.lanes import half, load, store
+
+    @kernel
+    def round_all(x, out):  # type: ignore[no-untyped-def]
+        for row in range(x.size // 16):
+            store(out, row, half(load(x, row)))
+
+    halves = np.arange(0x7C00, dtype=np.uint16).view(np.float16).astype(np.float32)
+    between = (halves[1:] + halves[:-1]) / 2
+    x = np.concatenate(
+        [
+            halves,
+            between,
+            np.nextafter(between, np.float32(0)),
+            np.nextafter(between, np.float32(9e9)),
+        ]
+    )
+    x = np.concatenate([x, -x, np.zeros(-2 * len(x) % 16, np.float32)])
+    out = np.empty_like(x)
+    round_all(x, out)
+    assert np.array_equal(out, x.astype(np.float16).astype(np.float32))
+    round_all(np.full(16, 1e6, np.float32), out)
+    assert (out[:16] == 65504).all()
+
+
+def test_lane_words_take_flat_arrays_only() -> None:
+    from numba.core.errors import TypingError
+
+    from edgeq.quantizers.search.jit import kernel
+    from edgeq.quantizers.search.lanes import load, store
+
+    @kernel
+    def copy(x, out):  # type: ignore[no-untyped-def]
+        store(out, 0, load(x, 0))
+
+    with pytest.raises(TypingError):
+        copy(np.zeros(64, np.float32)[::2], np.zeros(16, np.float32))
+    with pytest.raises(TypingError):
+        copy(np.zeros(64), np.zeros(16, np.float32))
+
+
+def test_compiled_code_is_kept_and_survives_damage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from edgeq.quantizers.search import jit
+
+    def double(x):  # type: ignore[no-untyped-def]
+        return x * 2
+
+    monkeypatch.setattr(jit, "_folder", lambda: str(tmp_path))
+    assert jit.kernel(double)(4) == 8
+    again: Any = jit.kernel(double)
+    assert again(4) == 8
+    assert sum(again.stats.cache_hits.values()) == 1
+    for path in (path for path in tmp_path.rglob("*") if path.is_file()):
+        path.write_bytes(path.read_bytes()[:7])
+    damaged: Any = jit.kernel(double)
+    assert damaged(4) == 8
+    assert not damaged.stats.cache_hits
+
+
+def test_plain_rounding_needs_no_compiler() -> None:
+    code = (
+        "import sys, numpy as np; from edgeq.quantizers import quantize;"
+        "quantize(np.ones((1, 256), np.float32), 'Q4_K', method='rtn');"
+        "print('numba' in sys.modules, 'llvmlite' in sys.modules)"
+    )
+    root = Path(__file__).resolve().parents[1]
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root)
+    assert shown.stdout == "False False\n", shown.stderr
