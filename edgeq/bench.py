@@ -16,8 +16,9 @@ from edgeq.engine import Model, cores, load
 from edgeq.errors import RequestError
 from edgeq.limits import measured
 
-__all__ = ["Row", "run"]
+__all__ = ["GEN", "PROMPT", "Row", "run"]
 
+PROMPT, GEN = 512, 128  # tokens; llama-bench's defaults
 Progress = Callable[[str], None]
 
 
@@ -55,8 +56,8 @@ class Row:
 def run(
     path: str | Path,
     *,
-    prompts: Iterable[int] = (512,),
-    gens: Iterable[int] = (128,),
+    prompts: Iterable[int] | None = None,
+    gens: Iterable[int] | None = None,
     threads: int | None = None,
     reps: int = 5,
     depth: int = 0,
@@ -65,15 +66,25 @@ def run(
 ) -> list[Row]:
     """Measure each prompt length and each generation length; one warm-up each, not counted.
 
+    prompts, gens: lengths in tokens; by default PROMPT and GEN, or what the model's context holds.
     depth: tokens in the KV cache before. Sampling and tokenizing are not timed.
 
     Raises RequestError when a test does not fit the model's context.
     """
+    context = _context(path)
+    room = max(context - depth, 1)
+    prompts = [min(PROMPT, room)] if prompts is None else prompts
+    gens = [min(GEN, room)] if gens is None else gens
     tests = [(n, 0) for n in prompts] + [(0, n) for n in gens]
     if not tests:
         raise RequestError("bench: no tests: expected a prompt or a generation length")
     need = depth + max(max(test) for test in tests)
-    with load(path, threads=threads, ctx=_context(path, need), on_compile=on_compile) as model:
+    if need > context:
+        raise RequestError(
+            f"{path}: context length {context}: a test of {need} tokens does not fit: "
+            "use smaller -p, -n or -d"
+        )
+    with load(path, threads=threads, ctx=need, on_compile=on_compile) as model:
         rows = [_measure(model, *test, depth, reps, progress) for test in tests]
     # Last, since measuring the limits takes memory of its own.
     limits = measured(rows[0].n_threads, cores())
@@ -82,18 +93,13 @@ def run(
     ]
 
 
-def _context(path: str | Path, need: int) -> int:
+def _context(path: str | Path) -> int:
+    """The longest context of the model, in tokens."""
     from edgeq import models
     from edgeq.gguf import open_gguf
 
     with open_gguf(path) as gguf:
-        arch = models.find(gguf.get("general.architecture", str)).arch(gguf)
-    if need > arch.context_length:
-        raise RequestError(
-            f"{path}: context length {arch.context_length}: a test of {need} tokens does not fit: "
-            "use smaller -p, -n or -d"
-        )
-    return need
+        return models.find(gguf.get("general.architecture", str)).arch(gguf).context_length
 
 
 def _measure(

@@ -1,15 +1,15 @@
 """Load a model, read a prompt, generate: the one stateful object that users meet."""
 
 import os
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from time import perf_counter
-from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack
+from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edgeq import cache, memory, models
+from edgeq.answer import Options, Penalties, Stats, answer, until
 from edgeq.checks import stop_texts, token_ids, whole
 from edgeq.errors import ModelError, RequestError
 from edgeq.gguf import Gguf, open_gguf
@@ -19,7 +19,7 @@ from edgeq.kernels.program import TEAM_KERNELS, Program, Team
 from edgeq.models import rope, weights
 from edgeq.models.transformer import FEW, Transformer
 from edgeq.sampler import Sampler
-from edgeq.tokenizer import StreamDecoder, load_tokenizer
+from edgeq.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
     from edgeq.models.arch import Arch
@@ -30,39 +30,6 @@ BATCH = 512  # prompt tokens per pass
 OUTPUTS = 64  # positions per pass when all logits are wanted
 DEFAULT_CONTEXT = 4096  # positions, where the model allows so many and the user asks for none
 Progress = Callable[[str, int, int], None]
-
-
-class Penalties(TypedDict, total=False):
-    """Settings against repetition; see `edgeq.sampler.Sampler`."""
-
-    repeat_penalty: float | None
-    repeat_last_n: int | None
-    presence_penalty: float | None
-    frequency_penalty: float | None
-
-
-class Options(Penalties, total=False):
-    """What `Model.generate` and `Model.chat` take by name."""
-
-    max_tokens: int
-    temperature: float | None
-    top_k: int | None
-    top_p: float | None
-    min_p: float | None
-    seed: int | None
-    stop: str | Sequence[str]
-
-
-@dataclass
-class Stats:
-    """Counts and seconds of the last answer."""
-
-    prompt_tokens: int = 0  # evaluated now
-    prompt_seconds: float = 0.0
-    cached_tokens: int = 0  # of the prompt, found in the KV cache
-    generated_tokens: int = 0
-    generation_seconds: float = 0.0
-    finish: Literal["", "stop", "length", "context"] = ""  # why it ended; "" while it runs
 
 
 def load(
@@ -140,7 +107,7 @@ class Model:
         self.macs_per_token = sum(m.rows * m.cols for m in products if m is not bound.output)
         self._start(isa, on_compile)
         self.stats = Stats()
-        self._seen: list[int] = []  # tokens whose keys and values are in the cache
+        self.seen: list[int] = []  # tokens whose keys and values are in the cache
         self._owner: object = None  # the answer that goes on after them
 
     def _context(self, ctx: int | None) -> int:
@@ -199,11 +166,11 @@ class Model:
     # -- evaluation --------------------------------------------------------------------------------
     def reset(self) -> None:
         """Forget what is in the KV cache."""
-        self._seen, self._owner = [], None
+        self.seen, self._owner = [], None
 
     def _evaluate(self, ids: Sequence[int], outputs: int) -> NDArray[np.float32]:
         """Append one batch to the cache; view of the logits of its last `outputs` tokens."""
-        net, n, first = self._net, len(ids), len(self._seen)
+        net, n, first = self._net, len(ids), len(self.seen)
         self._check_room(n)
         net.ids[:n] = ids
         net.cos[:n], net.sin[:n] = rope.tables(self._frequencies, self._magnitude, first, n)
@@ -211,12 +178,12 @@ class Model:
         net.out_state[0] = outputs
         kind = "none" if not outputs else "few" if outputs <= FEW else "many"
         self._programs[n > FEW, kind].run(interruptible=n > FEW)
-        self._seen.extend(ids)
+        self.seen.extend(ids)
         return net.logits[:outputs]
 
     def _check_room(self, count: int) -> None:
         """Kernels do not check positions: they would write past the cache."""
-        total = len(self._seen) + count
+        total = len(self.seen) + count
         if total > self.ctx:
             raise RequestError(f"{total} tokens: the context holds {self.ctx}")
 
@@ -235,16 +202,19 @@ class Model:
             out = self._evaluate(part, int(logits and first + len(part) == len(ids)))
         return out[0] if logits else out
 
-    def _prompt(self, ids: list[int]) -> NDArray[np.float32]:
-        """Logits after `ids`, reusing the cache for the part it already holds."""
+    def prompt(self, ids: list[int]) -> NDArray[np.float32]:
+        """Logits [vocab] after `ids`, reusing the cache for the part it already holds.
+
+        Raises RequestError when they exceed the context.
+        """
         self.gguf.check_unchanged()
         if len(ids) > self.ctx:
             raise RequestError(
                 f"prompt of {len(ids)} tokens, context of {self.ctx} (context_length_exceeded): "
                 "shorten it or raise -c"
             )
-        started, same = perf_counter(), _common(self._seen, ids[:-1])
-        self._seen = self._seen[:same]
+        started, same = perf_counter(), _common(self.seen, ids[:-1])
+        self.seen = self.seen[:same]
         self.stats = Stats(prompt_tokens=len(ids) - same, cached_tokens=same)
         logits = self.feed(ids[same:], logits=True)
         self.stats.prompt_seconds = perf_counter() - started
@@ -269,6 +239,23 @@ class Model:
             out[first : first + len(part)] = self._evaluate(part, len(part))
         return out
 
+    def step(self, ids: Sequence[int]) -> NDArray[np.float32]:
+        """Append a few tokens; logits [n, vocab], overwritten by the next call."""
+        return self._evaluate(ids, len(ids))
+
+    def rewind(self, length: int) -> None:
+        """Forget all but the first `length` tokens of the cache."""
+        self.seen = self.seen[:length]
+
+    def claim(self) -> object:
+        """Make the caller the owner of the cache; see `owned_by`."""
+        self._owner = object()
+        return self._owner
+
+    def owned_by(self, owner: object) -> bool:
+        """Whether nothing else has used the cache since `claim` gave `owner`."""
+        return self._owner is owner
+
     # -- generation --------------------------------------------------------------------------------
     def generate(
         self,
@@ -281,6 +268,7 @@ class Model:
         min_p: float | None = None,
         seed: int | None = None,
         stop: str | Sequence[str] = (),
+        draft_ngram: bool = False,
         **penalties: Unpack[Penalties],
     ) -> Iterator[str]:
         """Stream the continuation of `prompt` as pieces of text, whole characters only.
@@ -288,7 +276,9 @@ class Model:
         prompt: text (BOS is added where the model wants it, control tokens are parsed) or ids.
         max_tokens: -1 = until the model ends or the context is full. stop: texts that end the
         answer and are not part of it. Sampling settings that are not given (None) come from the
-        file's general.sampling.* or llama.cpp's defaults. One answer at a time: a new request on
+        file's general.sampling.* or llama.cpp's defaults. draft_ngram: look up what followed the
+        last words before and let the model check several tokens at once: the same answer, sooner
+        where text repeats. One answer at a time: a new request on
         the same model ends the one before.
 
         Raises RequestError (values, prompt length), ModelError (no vocabulary, logits that are no
@@ -309,39 +299,8 @@ class Model:
         ids = token_ids(prompt_ids, self.arch.vocab_size)
         # A text is continued, and its continuation may begin with a space; an answer may not.
         decoder = self.tokenizer.decoder(continues=isinstance(prompt, str))
-        return _until(self._tokens(ids, max_tokens, sampler, decoder), stops)
-
-    def _tokens(
-        self, ids: list[int], max_tokens: int, sampler: Sampler, decoder: StreamDecoder
-    ) -> Generator[str]:
-        logits, state, history = self._prompt(ids), sampler.start(), list(ids)
-        self._owner = mine = object()
-        vocabulary = self.tokenizer.n_vocab  # the model's may be padded
-        stats, started = self.stats, perf_counter()
-        while stats.generated_tokens != max_tokens:
-            token = state.sample(logits[:vocabulary], history)
-            stats.generated_tokens += 1
-            stats.generation_seconds = perf_counter() - started
-            if token in self.tokenizer.eog_ids:
-                stats.finish = "stop"
-                break
-            history.append(token)
-            try:
-                yield decoder.push(token)
-            except GeneratorExit:
-                stats.finish = "stop"
-                raise
-            if self._owner is not mine:
-                raise RequestError("another request on this model has ended this answer")
-            if len(self._seen) >= self.ctx:
-                stats.finish = "context"
-                break
-            if stats.generated_tokens == max_tokens:
-                break
-            logits = self._evaluate([token], 1)[0]
-        stats.finish = stats.finish or "length"
-        stats.generation_seconds = perf_counter() - started
-        yield decoder.flush()
+        pieces = answer(self, ids, max_tokens, sampler, decoder, draft_ngram=draft_ngram)
+        return until(pieces, stops)
 
     def chat(self, messages: list[dict[str, Any]], **options: Unpack[Options]) -> Iterator[str]:
         """Stream the answer to a conversation, through the file's chat template; options as
@@ -369,23 +328,3 @@ def _common(a: Sequence[int], b: Sequence[int]) -> int:
     return next(
         (i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b))
     )
-
-
-def _until(pieces: Generator[str], stops: list[str]) -> Iterator[str]:
-    """Pass pieces on until one of `stops` appears; what may be its beginning is held back."""
-    held = ""
-    longest = max((len(s) for s in stops), default=1) - 1
-    for piece in pieces:
-        held += piece
-        found = min((i for s in stops if (i := held.find(s)) >= 0), default=-1)
-        if found >= 0:
-            pieces.close()
-            if held[:found]:
-                yield held[:found]
-            return
-        ready = len(held) - longest
-        if ready > 0:
-            yield held[:ready]
-            held = held[ready:]
-    if held:
-        yield held

@@ -14,6 +14,8 @@ __all__ = ["checkpoint", "choose", "model"]
 
 _ID = re.compile(r"(?P<repo>\w[\w.-]*/\w[\w.-]*)(:(?P<quant>\w+))?")
 _CHECKPOINT_FILES = ["*.json", "*.safetensors", "*.model", "*.jinja"]
+# Other forms of the same model; `*` stands for `/` too.
+_OTHER_FILES = ["*/*", "consolidated*"]
 _SHARD = re.compile(r"-\d{5}-of-\d{5}\.gguf$", re.IGNORECASE)
 _SIDECARS = ("mmproj", "mtp-", "imatrix")
 
@@ -41,7 +43,12 @@ def checkpoint(name: str) -> Path:
         return model(name)
     from huggingface_hub import snapshot_download
 
-    return _fetch(repo, lambda: snapshot_download(repo, allow_patterns=_CHECKPOINT_FILES))
+    def fetch() -> str:
+        return snapshot_download(
+            repo, allow_patterns=_CHECKPOINT_FILES, ignore_patterns=_OTHER_FILES
+        )
+
+    return _fetch(repo, fetch)
 
 
 def choose(files: Sequence[str], quant: str | None, repo: str) -> str:

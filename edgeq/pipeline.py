@@ -27,6 +27,7 @@ from edgeq.gguf import GgufWriter, TensorSpec
 from edgeq.quantizers import available, find, quantize
 from edgeq.recipe import Recipe, assign, recipes
 from edgeq.sources import Source, open_source
+from edgeq.text import printable
 
 __all__ = ["ConversionReport", "TensorReport", "convert", "run"]
 
@@ -183,6 +184,13 @@ def _specs(source: Source, recipe: Recipe, importance: bool) -> list[TensorSpec]
 
 
 def _checked(importance: Importance, source: Source) -> Importance:
+    unknown = sorted(str(name) for name in importance if name not in source.shapes)
+    if unknown:
+        names = ", ".join(printable(name) for name in unknown[:5]) + ", ..." * (len(unknown) > 5)
+        raise RequestError(
+            f"importance: {source.path} has no tensor {names}: expected names as "
+            "`edgeq inspect --tensors` shows them"
+        )
     for name, shape in source.shapes.items():
         values = np.asarray(importance.get(name, 0.0))
         fits = values.shape in ((), shape[-1:]) and np.isfinite(values).all()

@@ -222,7 +222,7 @@ class Sampler:
                 continue
             if not _within(value, name in _INTEGERS, low, high):
                 kind = "an integer" if name in _INTEGERS else "a number"
-                raise RequestError(f"{name} {value!r}: expected {kind} from {low:g} to {high:g}")
+                raise RequestError(f"{name} {value!r}: expected {kind} from {_range(name)}")
 
     def start(self) -> "SamplerState":
         """A new sequence of random draws under these settings. Raises: RequestError."""
@@ -297,6 +297,15 @@ def _within(value: Any, integer: bool, low: float, high: float) -> bool:
     return isinstance(value, kinds) and not isinstance(value, bool) and bool(low <= value <= high)
 
 
+def _range(name: str) -> str:
+    """The range of a setting in words; large integers in full.
+
+    >>> _range("seed"), _range("top_p")
+    ('0 to 18446744073709551615', '0 to 1')
+    """
+    return " to ".join(f"{v:g}" if isinstance(v, float) else str(v) for v in _RANGES[name])
+
+
 def _stored(metadata: Mapping[str, Any], name: str, key: str) -> Any:
     value = metadata[key]
     low, high = _RANGES[name]
@@ -304,6 +313,6 @@ def _stored(metadata: Mapping[str, Any], name: str, key: str) -> Any:
         return 0  # "all" as other tools write it
     if not _within(value, name in _INTEGERS, low, high):
         raise FormatError(
-            f"{key} {value!r}: expected a number from {low:g} to {high:g}; set {name} yourself"
+            f"{key} {value!r}: expected a number from {_range(name)}; set {name} yourself"
         )
     return value

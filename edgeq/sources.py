@@ -255,7 +255,7 @@ def _refuse_quantized(gguf: Gguf) -> None:
         if info.format.value != "x":
             raise RequestError(
                 f"{gguf.path}: {name} is {info.format.name} already: quantizing twice adds errors: "
-                "start from the original, or allow it with allow_requantize"
+                "start from the original, or use `edgeq convert --allow-requantize`"
             )
 
 

@@ -1,6 +1,7 @@
 """What each block format costs and keeps: quantize one matrix, decode it, compare.
 
 usage: python compare_formats.py [MODEL.gguf TENSOR]    (without arguments: random numbers)
+A model of floats (F16, BF16, F32) compares fairly; quantized weights favour their own format.
 """
 
 import sys
@@ -14,8 +15,8 @@ FORMATS = ["Q8_0", "Q6_K", "Q5_K", "Q4_K", "IQ4_XS", "Q4_0", "Q3_K", "Q2_K"]
 
 def main(path: str = "", tensor: str = "") -> None:
     if path:
-        gguf = edgeq.open_gguf(path)
-        weights = edgeq.dequantize(gguf.tensor(tensor), gguf.tensors[tensor].format)
+        with edgeq.open_gguf(path) as gguf:
+            weights = edgeq.dequantize(gguf.tensor(tensor), gguf.tensors[tensor].format)
     else:
         weights = np.random.default_rng(0).standard_normal((256, 2048), dtype=np.float32)
     print("format    bits/weight  relative error")

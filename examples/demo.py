@@ -16,18 +16,20 @@ QUESTIONS = [
 
 
 def main(path: str) -> None:
-    model = edgeq.load(path, on_compile=show_compilation)
-    tokens, seconds = 0, 0.0
-    for question in QUESTIONS:
-        print(f"\n> {question}")
-        for piece in model.chat([{"role": "user", "content": question}], temperature=0):
-            print(piece, end="", flush=True)
-        print()
-        tokens += model.stats.generated_tokens
-        seconds += model.stats.generation_seconds
+    tokens, passes, seconds = 0, 0, 0.0
+    with edgeq.load(path, on_compile=show_compilation) as model:
+        for question in QUESTIONS:
+            print(f"\n> {question}")
+            for piece in model.chat([{"role": "user", "content": question}], temperature=0):
+                print(piece, end="", flush=True)
+            print()
+            tokens += model.stats.generated_tokens
+            passes += model.stats.generated_tokens - 1  # the first comes with the prompt
+            seconds += model.stats.generation_seconds
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # Linux counts in KiB
+    rate = f"{passes / seconds:.0f}" if passes else "-"
     print(
-        f"\n{tokens} tokens at {tokens / seconds:.0f} tok/s, peak RAM {peak:.0f} MiB, "
+        f"\n{tokens} tokens at {rate} tok/s, peak RAM {peak:.0f} MiB, "
         f"{model.threads} threads, {model.isa}"
     )
 

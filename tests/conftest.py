@@ -24,7 +24,7 @@ def kernel_cache(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPa
     if not os.environ.get("EDGEQ_CACHE"):
         kept = getattr(request.config, "cache", None)  # pytest can run without
         folder = kept.mkdir("kernels") if kept else tmp_path_factory.mktemp("kernels")
-        for old in folder.glob("kernels-*"):  # one folder per state of the source
+        for old in list(folder.glob("edgeq/kernels-*")):  # one folder per state of the source
             if time.time() - old.stat().st_mtime > 24 * 3600:
                 shutil.rmtree(old, ignore_errors=True)
         os.environ["EDGEQ_CACHE"] = str(folder)

@@ -12,7 +12,7 @@ from kernelcases import floats, generator, inputs
 from edgeq import blocks
 from edgeq.kernels import isa as isas
 from edgeq.kernels import layout
-from edgeq.kernels.dot import row_dot
+from edgeq.kernels.dot import Column, row_dot, row_dots
 from edgeq.kernels.llvm import F32, Emit, Value, vector
 from edgeq.kernels.tile import float_panel, float_tile, quant_panel, quant_tile
 
@@ -34,6 +34,24 @@ def dot(isa: str, name: str, *, cols: int, place: kit.Place = kit.anywhere) -> N
     got = dot_function(isa, name)(row, *arrays.values(), cols)
     expected = float(blocks.decode(row[0], fmt).astype(np.float64) @ x[0])
     assert abs(got - expected) <= 5e-7 * float(kit.reach(row, fmt)[0] @ np.abs(x[0]))
+
+
+def dots(isa: str, name: str, *, cols: int, columns: int) -> None:
+    """A row times several columns at once: to the bit what each gives alone."""
+    fmt, rng = blocks.get(name), generator("dots", name, cols)
+    row, out = kit.packed(fmt, 1, cols, rng), np.zeros(columns, np.float32)
+    given = [inputs(fmt, floats(rng, 1, cols), 1, kit.anywhere)[0] for _ in range(columns)]
+
+    def emit(e: Emit, w: Value, out: Value, cols: Value, *addresses: Value) -> None:
+        pointers = [e.pointer(a) for a in addresses]
+        several = [Column(*pointers[i : i + 3]) for i in range(0, 3 * columns, 3)]
+        for k, total in enumerate(row_dots(e, fmt, e.pointer(w), several, cols)):
+            e.store(total, e.pointer(out), 4 * k)
+
+    arrays = [a for column in given for a in column.values()]
+    kit.native(emit, "i" * (3 + 3 * columns), isa)(row, out, cols, *arrays)
+    alone = [dot_function(isa, name)(row, *column.values(), cols) for column in given]
+    np.testing.assert_array_equal(out, alone)
 
 
 def _panel_product(e: Emit, fmt: blocks.BlockFormat, *args: Value) -> None:

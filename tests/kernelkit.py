@@ -13,6 +13,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import armkit
 import llvmlite.binding as llvm
 import numpy as np
 from llvmlite import ir
@@ -24,6 +25,8 @@ from edgeq.kernels.llvm import F32, I64, Emit
 
 ISAS = [isa.NAME for isa in isas.available()]
 BEST = ISAS[0]
+ARM = ["neon", "dotprod"] if armkit.HAVE_EMULATOR and isas.machine() == "x86_64" else []
+EMITTED = ISAS + ARM  # those whose emitted code can be run, on the CPU or by an emulator
 FORMATS = list(blocks.formats())
 # One format per way that codes and scales are stored; other instruction sets than the best one run
 # these as whole kernels, and all formats as emitted functions.
@@ -86,10 +89,11 @@ def native(
 ) -> Callable[..., Any]:
     """Emitted code as a function of addresses, integers and floats; arrays stand for addresses."""
     isa = isas.modules()[isa] if isinstance(isa, str) else isa
+    module = build(emit, arguments, isa, result)
+    if isas.machine() not in isa.CPU:
+        return foreign(module, arguments, isa, result)
     machine = host_machine(isa, cpu)
-    engine = llvm.create_mcjit_compiler(
-        optimized(build(emit, arguments, isa, result), machine), machine
-    )
+    engine = llvm.create_mcjit_compiler(optimized(module, machine), machine)
     engine.finalize_object()
     kinds = [ctypes.c_float if letter == "f" else ctypes.c_int64 for letter in arguments]
     address = engine.get_function_address("f")
@@ -100,6 +104,13 @@ def native(
 
     call.engine, call.address = engine, address  # type: ignore[attr-defined]
     return call
+
+
+def foreign(module: ir.Module, arguments: str, isa: ModuleType, result: bool) -> Any:
+    """The same for an instruction set of Arm, by an emulator."""
+    module.triple = armkit.TRIPLE
+    machine = armkit.machine(isa.CPU["aarch64"])
+    return armkit.emulated(machine.emit_object(optimized(module, machine)), arguments, result)
 
 
 # -- compiled kernels ------------------------------------------------------------------------------

@@ -40,9 +40,16 @@ def test_rows_agree_with_themselves(path: Path) -> None:
     assert rows[1].rate == pytest.approx(rows[1].avg_ts * weights * 34 / 32 / 1e9)
 
 
+def test_the_usual_tests_are_cut_to_the_context(path: Path) -> None:
+    rows = bench.run(path, threads=2, reps=1, depth=240)
+    assert [(r.n_prompt, r.n_gen) for r in rows] == [(16, 0), (0, 16)]
+
+
 def test_a_test_must_fit_the_context(path: Path) -> None:
     with pytest.raises(RequestError, match="context length 256: a test of 300 tokens"):
         bench.run(path, prompts=[300])
+    with pytest.raises(RequestError, match="context length 256: a test of 257 tokens"):
+        bench.run(path, depth=256)
     with pytest.raises(RequestError, match="no tests"):
         bench.run(path, prompts=[], gens=[])
 

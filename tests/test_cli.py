@@ -154,6 +154,14 @@ def test_convert_refuses_what_it_does_not_know(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_convert_names_the_flag_that_allows_quantizing_twice(tmp_path: Path) -> None:
+    once = write_gguf(tmp_path / "a.gguf", np.ones((3, 2), np.float32))
+    result = edgeq("convert", once, "-o", tmp_path / "b.gguf")
+    assert result.exit_code == 2
+    assert "Q8_0 already" in result.stderr
+    assert "--allow-requantize" in result.stderr
+
+
 # --- processes
 
 
@@ -198,6 +206,47 @@ def test_interrupted_convert_leaves_no_file(
     assert process.returncode == exit_code, shown
     assert "Traceback" not in shown
     assert list(tmp_path.iterdir()) == []
+
+
+def test_ctrl_c_while_modules_are_imported() -> None:
+    """Python would show a traceback, click would say "Aborted!"; the import lasts a while."""
+    code = (
+        "import os, signal, sys\n"
+        "class Finder:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name == NAME: os.kill(os.getpid(), signal.SIGINT)\n"
+        "sys.meta_path.insert(0, Finder())\n"
+        "from edgeq.__main__ import main\n"
+        "main()\n"
+    )
+    for name, args in (("click", ["inspect"]), ("edgeq.cli.inspect", ["inspect", "x"])):
+        process = start(*args, code=code.replace("NAME", repr(name)))
+        _, shown = process.communicate(timeout=60)
+        assert process.returncode == 130, shown
+        assert "Traceback" not in shown
+
+
+def test_closed_streams(tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "a.gguf", np.ones((3, 2), np.float32))
+    for closed in ("<&-", ">&-", "<&- >&- 2>&-"):
+        command = f'"{sys.executable}" -m edgeq inspect "{path}" --json {closed}'
+        done = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True)
+        assert (done.returncode, done.stderr) == (0, ""), closed
+    command = f'"{sys.executable}" -m edgeq run "{path}" <&-'
+    done = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (2, "edgeq: prompt: empty: expected some text\n")
+
+
+def test_nohup_is_respected() -> None:
+    from edgeq.cli.convert import _stoppable
+
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with _stoppable():
+            assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+            assert signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_reader_that_leaves_early_is_no_error(tmp_path: Path) -> None:
@@ -252,8 +301,11 @@ def measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Any]:
         )
 
     def run(path: Path, **options: Any) -> list[bench.Row]:
+        context = called.get("context", 4096)
         called.update(options, path=path)
-        tests = [(n, 0) for n in options["prompts"]] + [(0, n) for n in options["gens"]]
+        prompts, gens = options["prompts"], options["gens"]
+        tests = [(n, 0) for n in ([min(512, context)] if prompts is None else prompts)]
+        tests += [(0, n) for n in ([min(128, context)] if gens is None else gens)]
         return [row(*test, options["depth"]) for test in tests]
 
     monkeypatch.setattr("edgeq.bench.run", run)
@@ -272,6 +324,14 @@ def test_bench_defaults_and_columns(measured: dict[str, Any]) -> None:
         "| tiny | 3.0 MiB | 7.34 M | avx2 | 2 | tg128 | 123.46 ± 7.89 | 50.0 GB/s, 25% | 3.0 MiB |",
     ]
     assert (measured["reps"], measured["threads"]) == (5, None)
+    assert result.stderr == ""
+
+
+def test_bench_says_when_it_measures_less_than_usual(measured: dict[str, Any]) -> None:
+    measured["context"] = 256
+    told = edgeq("bench", "model.gguf").stderr
+    assert told == "pp256: the model's context holds no test of 512 tokens\n"
+    assert edgeq("bench", "model.gguf", "-p", "100").stderr == ""
 
 
 def test_bench_flags(measured: dict[str, Any]) -> None:

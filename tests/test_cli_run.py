@@ -28,10 +28,11 @@ class FakeModel:
             generation_seconds=2.0,
             finish="stop",
         )
-        self.gguf = SimpleNamespace(metadata={"general.sampling.temp": 0.25})
+        self.gguf = SimpleNamespace(metadata={"general.sampling.temp": 0.25}, warnings=[])
         self.tokenizer = SimpleNamespace(
-            bos_id=1, eos_id=None, piece=lambda token: f"<{token}>".encode()
+            bos_id=1, eos_id=None, piece=lambda token: f"<{token}>".encode(), warnings=[]
         )
+        self.warnings: list[str] = []
         self.arch = SimpleNamespace(context_length=512)
         self.threads, self.isa, self.ctx, self.kv_bytes = 2, "fake", 256, 2**20
 
@@ -75,7 +76,7 @@ def test_one_shot_answer_is_all_that_stdout_gets(model: FakeModel) -> None:
     assert prompt == ["the template", {"role": "user", "content": "Hi?"}]
     assert options == {"max_tokens": -1}
     [line] = result.stderr.splitlines()
-    assert line.startswith("prompt 12 tok, 24.0 tok/s | answer 4 tok, 2.0 tok/s | peak RAM ")
+    assert line.startswith("prompt 12 tok, 24.0 tok/s | answer 4 tok, 1.5 tok/s | peak RAM ")
     assert line.endswith(" | 2 threads | fake")
 
 
@@ -137,11 +138,55 @@ def test_template_file_replaces_the_template(model: FakeModel, tmp_path: Path) -
     assert (template.source, template.bos, template.eos) == ("{{ messages }}", "<1>", "")
 
 
-def test_cut_answer_is_announced(model: FakeModel) -> None:
+def test_cut_answer_is_announced(
+    chat: Chat, model: FakeModel, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A chat can be cleared, a single answer cannot; a larger context only where there is one."""
     model.stats.finish = "context"
-    assert "256 tokens is full: -c N" in edgeq("run", "model.gguf", "Hi?").stderr
-    model.arch.context_length = 256
-    assert "256 tokens is full: /clear" in edgeq("run", "model.gguf", "Hi?").stderr
+
+    def cut(model_allows: int) -> list[str]:
+        model.arch.context_length = model_allows
+        _chat.loop(chat, script("Hi?"))
+        shown = [edgeq("run", "model.gguf", "Hi?").stderr, capsys.readouterr().err]
+        return [line for text in shown for line in text.splitlines() if line.startswith("cut: ")]
+
+    full = "cut: the context of 256 tokens is full"
+    larger = "-c N for a larger one"
+    assert cut(512) == [f"{full}: {larger}", f"{full}: {larger}, /clear to start over"]
+    assert cut(256) == [full, f"{full}: /clear to start over"]
+
+
+def test_an_answer_of_no_tokens_ends_with_statistics_too(model: FakeModel) -> None:
+    model.pieces, model.stats.generated_tokens = [], 0
+    result = edgeq("run", "model.gguf", "Hi?", "-n", "0")
+    assert (result.exit_code, result.stdout) == (0, "")
+    assert "| answer 0 tok, - tok/s | peak RAM " in result.stderr
+
+
+def test_one_token_has_no_rate(model: FakeModel) -> None:
+    """It comes from the prompt's logits: nothing was generated in that time."""
+    model.stats.generated_tokens = 1
+    assert "answer 1 tok, - tok/s" in edgeq("run", "model.gguf", "Hi?").stderr
+
+
+def test_the_model_as_a_flag(model: FakeModel) -> None:
+    assert edgeq("run", "-m", "model.gguf", "Hi?").exit_code == 0
+    assert edgeq("run", "--model", "model.gguf", "-p", "Hi?").exit_code == 0
+    assert [str(path) for path, _ in model.loaded] == ["model.gguf"] * 2
+    assert [prompt[-1]["content"] for prompt, _ in model.asked] == ["Hi?"] * 2
+    for args in (["model.gguf", "-m", "model.gguf", "Hi?", "-p", "x"], ["-p", "Hi?"]):
+        assert edgeq("run", *args).exit_code == 2
+    twice = edgeq("run", "model.gguf", "Hi?", "-m", "model.gguf")
+    assert "more than one model: use one of MODEL and -m" in twice.stderr
+    assert "Missing argument 'MODEL'" in edgeq("run").stderr
+
+
+def test_warnings_of_all_parts_are_told_once(model: FakeModel) -> None:
+    model.gguf.warnings, model.warnings = ["odd file"], ["unused tensor", "odd file"]
+    model.tokenizer.warnings = ["odd\x1b[0m token"]
+    lines = edgeq("run", "model.gguf", "Hi?").stderr.splitlines()
+    warnings = [f"warning: {text}" for text in ("odd file", "unused tensor", "odd\\x1b[0m token")]
+    assert lines[:-1] == warnings
 
 
 def test_compilation_is_announced_once_in_a_log(
@@ -282,7 +327,7 @@ def test_set_command(chat: Chat, model: FakeModel, capsys: pytest.CaptureFixture
 def test_stats_command(chat: Chat, capsys: pytest.CaptureFixture[str]) -> None:
     _chat.loop(chat, script("/stats"))
     shown = capsys.readouterr().err
-    assert "answer 4 tok, 2.0 tok/s" in shown
+    assert "answer 4 tok, 1.5 tok/s" in shown
     assert "context 256 tokens, KV cache 1.0 MiB" in shown
 
 

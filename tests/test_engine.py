@@ -83,6 +83,32 @@ def test_stop_texts_end_the_answer_and_are_not_shown(model: Model) -> None:
         model.generate("The", stop=[""])
 
 
+@pytest.mark.parametrize("sampling", [{"temperature": 0}, {"temperature": 0.7, "seed": 3}])
+def test_speculation_does_not_change_the_answer(model: Model, sampling: dict) -> None:
+    prompts = ["one two three four five six\n" * 3, "The device", "<|user|>Copy: a b c d<|end|>"]
+    for prompt in prompts:
+        texts = []
+        for draft in (False, True):
+            model.reset()
+            pieces = model.generate(prompt, max_tokens=80, draft_ngram=draft, **sampling)
+            texts.append(("".join(pieces), model.stats.finish, len(model.seen)))
+        assert texts[0] == texts[1]
+        assert 0 <= model.stats.accepted_tokens <= model.stats.drafted_tokens
+
+
+def test_speculation_finds_repeated_text(model: Model) -> None:
+    list(model.generate("one two three\n" * 8, max_tokens=60, temperature=0, draft_ngram=True))
+    assert model.stats.accepted_tokens > 20
+
+
+def test_few_tokens_at_once_are_bit_for_bit_single_steps(model: Model) -> None:
+    ids = model.tokenize("The device is switched on when it is warm")[:7]
+    together = model.step(ids).copy()
+    model.reset()
+    single = [model.step([i])[0].copy() for i in ids]
+    np.testing.assert_array_equal(together, single)
+
+
 def test_the_context_ends_the_answer(path: Path) -> None:
     with edgeq.load(path, ctx=20) as model:
         assert "".join(model.generate([1, 5, 9], temperature=0, repeat_penalty=1.5))

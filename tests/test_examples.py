@@ -1,9 +1,12 @@
 """The programs in examples/ run, and the demo's answers are right."""
 
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import MagicMock, patch
 
 import pytest
 
@@ -50,8 +53,36 @@ def test_chat_reuses_what_it_has_read(model: Path) -> None:
     assert not second.startswith("[0 tokens reused")
 
 
-def test_compare_formats_ranks_them_by_size(model: Path) -> None:
-    for args in ([], [model, "blk.0.ffn_down.weight"]):
+@pytest.mark.parametrize(
+    ("name", "args", "tokens", "shown"),
+    [
+        ("generate.py", ["Once"], 5, "5 tokens, 2.0 per second"),
+        ("generate.py", ["Once"], 1, "1 tokens, - per second"),
+        ("demo.py", [], 5, "15 tokens at 2 tok/s"),
+        ("demo.py", [], 1, "3 tokens at - tok/s"),
+    ],
+)
+def test_rates_leave_out_the_first_token(
+    name: str, args: list[str], tokens: int, shown: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It comes from the prompt's logits."""
+    stats = SimpleNamespace(generated_tokens=tokens, generation_seconds=2.0)
+    model = MagicMock(stats=stats, threads=2, isa="fake")
+    model.__enter__.return_value = model
+    with patch("edgeq.load", return_value=model):
+        runpy.run_path(str(EXAMPLES / name))["main"]("m.gguf", *args)
+    assert shown in capsys.readouterr().out.splitlines()[-1]
+    model.__exit__.assert_called_once()
+
+
+def test_chat_ends_with_its_input(model: Path) -> None:
+    assert run("chat.py", model, stdin="").endswith("> \n")
+
+
+def test_compare_formats_ranks_them_by_size(tmp_path: Path) -> None:
+    # The original floats: weights decoded from Q6_K are almost exact in Q6_K again.
+    floats = edgeq.convert(EXAMPLES / "tiny-home", tmp_path, "F16")
+    for args in ([], [floats, "blk.0.ffn_down.weight"]):
         rows = [line.split() for line in run("compare_formats.py", *args).splitlines()[1:]]
         errors = {name: float(error) for name, _, error in rows}
         assert len(rows) == 8

@@ -34,7 +34,7 @@ def write_half(path: Path) -> None:
         writer.write("a", DATA["a"])
         part = path.with_name("x.gguf.part")
         assert part.stat().st_size == writer.nbytes  # claimed at once
-        assert part.read_bytes()[:4] == bytes(4)  # not a GGUF file yet
+        assert part.read_bytes()[:4] == partfile.MARK  # not a GGUF file yet
         assert not path.exists()
         raise KeyboardInterrupt
 
@@ -182,11 +182,50 @@ def test_two_writers_of_one_file(tmp_path: Path) -> None:
     assert is_new(path)
 
 
-def test_rest_of_an_earlier_run_is_overwritten(tmp_path: Path) -> None:
-    (tmp_path / "x.gguf.part").write_bytes(b"GGUF" * 10_000)
+@pytest.mark.parametrize("nth", [1, 2, 3, 5, 8])
+def test_rest_of_a_killed_run_is_overwritten(tmp_path: Path, nth: int) -> None:
+    """Killed at a system call, so that nothing can be tidied up."""
+    child = os.fork()
+    if not child:
+        made = 0
+
+        def kill(real: Callable[..., Any]) -> Callable[..., Any]:
+            def call(*args: Any) -> Any:
+                nonlocal made
+                made += 1
+                if made > nth:
+                    os._exit(9)
+                return real(*args)
+
+            return call
+
+        for name in ("ftruncate", "posix_fallocate", "pwrite", "fsync"):
+            setattr(os, name, kill(getattr(os, name)))
+        write_all(tmp_path / "x.gguf")
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+    assert (tmp_path / "x.gguf.part").exists()
     write_all(tmp_path / "x.gguf")
     assert is_new(tmp_path / "x.gguf")
     assert not (tmp_path / "x.gguf.part").exists()
+
+
+@pytest.mark.parametrize("content", [b"precious", b"GGUF" * 10_000, bytes(4096), b"x"])
+def test_part_of_something_else_is_kept(tmp_path: Path, content: bytes) -> None:
+    """Browsers name unfinished downloads so."""
+    (tmp_path / "x.gguf.part").write_bytes(content)
+    for force in (False, True):
+        with pytest.raises(ResourceError, match=r"x\.gguf\.part: exists and was not made by edgeq"):
+            write_all(tmp_path / "x.gguf", force=force)
+    assert (tmp_path / "x.gguf.part").read_bytes() == content
+    assert [path.name for path in tmp_path.iterdir()] == ["x.gguf.part"]
+
+
+def test_systems_without_fdatasync(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(partfile, "_SYNC_EVERY", 200)
+    monkeypatch.delattr(os, "fdatasync")
+    write_all(tmp_path / "x.gguf")
+    assert is_new(tmp_path / "x.gguf")
 
 
 def test_part_is_never_a_link(tmp_path: Path) -> None:

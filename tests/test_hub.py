@@ -32,7 +32,7 @@ def online(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     )
     monkeypatch.setattr(
         "huggingface_hub.snapshot_download",
-        lambda repo, allow_patterns: fetched.append((repo, allow_patterns)) or "cache/folder",
+        lambda repo, **patterns: fetched.append((repo, patterns)) or "cache/folder",
     )
     return fetched
 
@@ -56,8 +56,30 @@ def test_a_name_is_downloaded(online: list[Any]) -> None:
     assert hub.model("user/m-GGUF:Q8_0") == Path("cache/m-q8_0.gguf")
     assert hub.checkpoint("user/m") == Path("cache/folder")
     assert hub.checkpoint("user/m:q8_0") == Path("cache/m-q8_0.gguf")
-    assert "*.safetensors" in online[2][1]
-    assert not any("bin" in pattern or "pt" in pattern for pattern in online[2][1])  # no pickle
+
+
+def test_a_checkpoint_is_fetched_once_and_without_pickles(online: list[Any]) -> None:
+    """Not a second copy of the weights in another form, nor what lies in sub-folders."""
+    from huggingface_hub.utils import filter_repo_objects
+
+    wanted = [
+        "config.json",
+        "tokenizer.model",
+        "model-00001-of-00002.safetensors",
+        "model.safetensors.index.json",
+        "chat_template.jinja",
+    ]
+    other = [
+        "pytorch_model.bin",
+        "consolidated.safetensors",
+        "consolidated-00001-of-00002.safetensors",
+        "original/params.json",
+        "onnx/model.safetensors",
+        "a/b/tokenizer.json",
+    ]
+    hub.checkpoint("user/m")
+    [(_, patterns)] = online
+    assert sorted(filter_repo_objects(wanted + other, **patterns)) == sorted(wanted)
 
 
 def test_names_that_mean_no_file(online: list[Any]) -> None:

@@ -1,15 +1,15 @@
 """Kernels compiled here for Arm boards: they compile, use the instructions that the board has, and
-call nothing.
+call nothing. Whether they compute the right thing is seen in test_kernels_words, _dot, _rows and
+_matmul, where the emulator is installed.
 """
 
 import re
 from collections.abc import Callable
-from functools import cache
 from types import ModuleType
 from typing import Any
 
+import armkit
 import kernelkit as kit
-import llvmlite.binding as llvm
 import pytest
 
 from edgeq import blocks
@@ -19,7 +19,6 @@ from edgeq.kernels.dot import row_dot
 from edgeq.kernels.llvm import F32, Emit, Value, vector
 from edgeq.kernels.tile import float_panel, float_tile, quant_panel, quant_tile
 
-TRIPLE = "aarch64-unknown-linux-gnu"
 CPUS = {"cortex-a53": "neon", "cortex-a72": "neon", "cortex-a76": "dotprod"}
 QUANTIZED = [name for name in kit.FORMATS if blocks.get(name).value != "x"]
 PLAIN = [name for name in kit.FORMATS if blocks.get(name).value == "x"]
@@ -27,18 +26,12 @@ PLAIN = [name for name in kit.FORMATS if blocks.get(name).value == "x"]
 each_cpu = pytest.mark.parametrize("cpu", CPUS)
 
 
-@cache
-def machine(cpu: str) -> llvm.TargetMachine:
-    llvm.initialize_all_targets()
-    llvm.initialize_all_asmprinters()
-    return llvm.Target.from_triple(TRIPLE).create_target_machine(cpu=cpu, opt=3)
-
-
 def assembly(emit: Callable[..., Any], arguments: str, cpu: str, *, result: bool = False) -> str:
     isa: ModuleType = isas.modules()[CPUS[cpu]]
     module = kit.build(emit, arguments, isa, result)
-    module.triple = TRIPLE
-    return str(machine(cpu).emit_assembly(kit.optimized(module, machine(cpu))))
+    module.triple = armkit.TRIPLE
+    machine = armkit.machine(cpu)
+    return str(machine.emit_assembly(kit.optimized(module, machine)))
 
 
 def mnemonics(text: str) -> set[str]:

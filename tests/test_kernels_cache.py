@@ -2,12 +2,14 @@
 
 import json
 import os
+import signal
 import stat
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import kernelkit as kit
 import pytest
@@ -102,31 +104,58 @@ def test_an_entry_that_cannot_be_read_is_none(tmp_path: Path) -> None:
     assert cache.read(tmp_path / "nowhere", "op") is None
 
 
+@posix
+@pytest.mark.parametrize("mode", [0o620, 0o602, 0o666], ids=oct)
+def test_an_entry_that_others_could_write_is_none(tmp_path: Path, mode: int) -> None:
+    cache.write(tmp_path, "op", "symbol", CODE)
+    (file,) = tmp_path.iterdir()
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
+    file.chmod(mode)
+    assert cache.read(tmp_path, "op") is None
+    file.chmod(0o644)
+    assert cache.read(tmp_path, "op")
+    tmp_path.chmod(0o777)
+    assert cache.read(tmp_path, "op") is None
+
+
+@posix
+def test_somebody_elses_entry_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache.write(tmp_path, "op", "symbol", CODE)
+    (file,) = tmp_path.iterdir()
+    file.rename(tmp_path / "real")
+    (tmp_path / "op.o").symlink_to(tmp_path / "real")
+    assert cache.read(tmp_path, "op") is None
+    (tmp_path / "real").replace(tmp_path / "op.o")
+    assert cache.read(tmp_path, "op")
+    own = os.getuid()
+    monkeypatch.setattr(os, "getuid", lambda: own + 1)
+    assert cache.read(tmp_path, "op") is None
+
+
 # -- the folder ------------------------------------------------------------------------------------
 @pytest.fixture
-def fallback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """The temporary folder that stands in for one that cannot be used."""
+def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of temporary files, where kernels go when theirs cannot be used."""
     there = tmp_path / "temporary"
     there.mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(there))
-    cache._temporary.cache_clear()
-    yield there
-    cache._temporary.cache_clear()
+    return there
+
+
+def assert_falls_back(temporary: Path) -> None:
+    root = cache.root()
+    assert root.parent == temporary
+    assert cache.root() == root  # every start finds the same
+    if os.name == "posix":
+        assert root.name == f"edgeq-{os.getuid()}"
+        assert stat.S_IMODE(root.stat().st_mode) == 0o700
 
 
 def test_the_folder_is_private(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EDGEQ_CACHE", str(tmp_path / "a" / "b"))
-    assert cache.root() == tmp_path / "a" / "b"
+    assert cache.root() == tmp_path / "a" / "b" / "edgeq"
     if os.name == "posix":
         assert stat.S_IMODE(cache.root().stat().st_mode) == 0o700
-
-
-@posix
-def test_others_lose_the_right_to_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("EDGEQ_CACHE", str(tmp_path))
-    tmp_path.chmod(0o777)
-    assert cache.root() == tmp_path
-    assert stat.S_IMODE(tmp_path.stat().st_mode) == 0o700
 
 
 def test_default_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -138,41 +167,72 @@ def test_default_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert cache.root() == tmp_path / "me" / ".cache" / "edgeq"
 
 
-def assert_falls_back(fallback: Path) -> None:
-    root = cache.root()
-    assert root.parent == fallback
-    assert cache.root() == root  # the same for the whole process
-    if os.name == "posix":
-        assert stat.S_IMODE(root.stat().st_mode) == 0o700
+@posix
+def test_the_place_that_was_given_keeps_its_mode(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """EDGEQ_CACHE=/tmp must not take /tmp from everybody else."""
+    monkeypatch.setenv("EDGEQ_CACHE", str(tmp_path))
+    tmp_path.chmod(0o1777)
+    assert cache.root() == tmp_path / "edgeq"
+    assert stat.S_IMODE(tmp_path.stat().st_mode) == 0o1777
 
 
-def test_a_file_in_the_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fallback: Path) -> None:
-    (tmp_path / "file").write_text("")
-    for where in (tmp_path / "file", tmp_path / "file" / "edgeq"):
+@posix
+@pytest.mark.parametrize("mode", [0o777, 0o720], ids=oct)
+def test_a_shared_folder_is_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, temporary: Path, mode: int
+) -> None:
+    monkeypatch.setenv("EDGEQ_CACHE", str(tmp_path))
+    (tmp_path / "edgeq").mkdir()
+    (tmp_path / "edgeq").chmod(mode)
+    assert_falls_back(temporary)
+    assert stat.S_IMODE((tmp_path / "edgeq").stat().st_mode) == mode
+    assert not list((tmp_path / "edgeq").iterdir())
+
+
+def test_a_file_in_the_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, temporary: Path
+) -> None:
+    (tmp_path / "edgeq").write_text("")
+    for where in (tmp_path, tmp_path / "edgeq", tmp_path / "edgeq" / "deeper"):
         monkeypatch.setenv("EDGEQ_CACHE", str(where))
-        assert_falls_back(fallback)
+        assert_falls_back(temporary)
+
+
+@posix
+def test_a_link_in_the_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, temporary: Path
+) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "edgeq").symlink_to(tmp_path / "elsewhere")
+    monkeypatch.setenv("EDGEQ_CACHE", str(tmp_path))
+    assert_falls_back(temporary)
 
 
 @posix
 def test_a_read_only_folder(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fallback: Path
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, temporary: Path
 ) -> None:
-    monkeypatch.setenv("EDGEQ_CACHE", str(tmp_path / "fixed"))
-    (tmp_path / "fixed").mkdir(mode=0o500)
+    monkeypatch.setenv("EDGEQ_CACHE", str(tmp_path))
+    fixed, access = tmp_path / "edgeq", os.access
+    fixed.mkdir(mode=0o500)
     if os.geteuid() == 0:  # whom permissions do not bind
-        monkeypatch.setattr(os, "access", lambda path, mode: False)
-    assert_falls_back(fallback)
+        monkeypatch.setattr(os, "access", lambda path, mode: path != fixed and access(path, mode))
+    assert_falls_back(temporary)
 
 
 @posix
-def test_somebody_elses_folder(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fallback: Path
+def test_somebody_elses_folders(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, temporary: Path
 ) -> None:
-    monkeypatch.setenv("EDGEQ_CACHE", str(tmp_path / "theirs"))
-    assert cache.root() == tmp_path / "theirs"
+    """One line of advice when the temporary one is not ours either."""
+    monkeypatch.setenv("EDGEQ_CACHE", str(tmp_path))
+    assert cache.root() == tmp_path / "edgeq"
     own = os.getuid()
     monkeypatch.setattr(os, "getuid", lambda: own + 1)
-    assert_falls_back(fallback)
+    with pytest.raises(KernelError, match=r"^no place .*set EDGEQ_CACHE to a folder of your own$"):
+        cache.root()
 
 
 def test_folders_differ_by_what_changes_the_code(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -249,3 +309,56 @@ def test_a_broken_compiler_is_one_line(tmp_path: Path, monkeypatch: pytest.Monke
         warnings.simplefilter("error")
         with pytest.raises(KernelError, match=r"^compiling kernels for \S+ failed: exit code 1$"):
             kernels.load(["lead"], ISA)
+
+
+@posix
+def test_a_compiler_that_says_a_lot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More than a pipe holds, while nobody reads: `timeout` ends the test if that blocks."""
+    script = tmp_path / "python"
+    script.write_text("#!/bin/sh\ntimeout 5 sh -c 'yes | head -c 300000; echo end' >&2; exit 3\n")
+    script.chmod(0o700)
+    monkeypatch.setattr(cache, "folder", lambda isa: tmp_path)
+    monkeypatch.setattr(sys, "executable", str(script))
+    with pytest.raises(KernelError, match=r"failed: end$"):
+        kernels.load(["lead", "walk"], ISA)
+
+
+def test_modules_in_the_current_folder_are_not_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A numba.py lying there, as in a folder of downloads, whichever way Python was started."""
+    trap = tmp_path / "downloads"
+    trap.mkdir()
+    (trap / "numba.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w'); raise SystemExit(1)")
+    monkeypatch.setattr(cache, "folder", lambda isa: tmp_path / "cache")
+    monkeypatch.chdir(trap)
+    for first in ("", ".", str(trap)):
+        monkeypatch.setattr(sys, "path", [first, *sys.path])
+    monkeypatch.setenv("PYTHONPATH", f"{trap}{os.pathsep}")
+    kernels._compile(["walk"], ISA, None)
+    assert cache.read(tmp_path / "cache", "walk")
+    assert not (tmp_path / "ran").exists()
+
+
+@posix
+def test_an_interrupted_compilation_stops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C does not wait for what is still to be compiled, and leaves no process behind."""
+    children: list[subprocess.Popen[str]] = []
+    make = kernels._child
+
+    def child(*args: Any) -> subprocess.Popen[str]:
+        children.append(make(*args))
+        return children[-1]
+
+    def interrupt(name: str, done: int, total: int) -> None:
+        if done:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(cache, "folder", lambda isa: tmp_path)
+    monkeypatch.setattr(kernels, "_child", child)
+    with pytest.raises(KeyboardInterrupt):
+        kernels.load(
+            ["walk", "rope", "attend/8", "attend/4", "attend/2", "attend/1"], ISA, interrupt
+        )
+    assert len(children) == min(2, os.cpu_count() or 1)
+    assert [c.returncode for c in children] == [-signal.SIGKILL] * len(children)

@@ -1,5 +1,7 @@
 """Programs and teams: barriers, sleeping workers, ends of teams, sums over threads."""
 
+import os
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -9,7 +11,7 @@ import kernelkit as kit
 import numpy as np
 import pytest
 
-from edgeq.errors import KernelError
+from edgeq.errors import KernelError, ResourceError
 from edgeq.kernels import isa as isas
 from edgeq.kernels.llvm import F32, I64, Emit, Value
 from edgeq.kernels.program import Op, Program, Team, aligned, arguments
@@ -259,6 +261,39 @@ def test_sum_of_partial_sums(
         x[:] = rng.integers(-1000, 1000, len(x))
         in_time(program.run)
         assert (out == x.sum()).all()
+
+
+def test_a_closed_team_refuses(addresses: dict[str, int]) -> None:
+    for threads in (1, 2):
+        team = Team(ISA, threads, CORES)
+        chain = Chain(addresses, team, 3, threads)
+        team.close()
+        with pytest.raises(ResourceError, match="closed"):
+            in_time(chain.run)
+        assert not chain.counters.any()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="Windows' locks do not wake up for Ctrl-C")
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_ctrl_c_ends_a_long_program(
+    addresses: dict[str, int], team: Callable[..., Team], threads: int
+) -> None:
+    """At the next op, on all threads; the next program runs as if nothing had been."""
+    group = team(threads)
+    x, partial = np.zeros(1_000_000, np.float32), np.zeros(threads, np.float32)
+    places = {"x": x.ctypes.data, "n": len(x), "partial": partial.ctypes.data}
+    ops = [Op("partial_sum", arguments(tuple(places), **places))] * 5000  # some seconds
+    long, chain = Program(ops, addresses, group, threads), Chain(addresses, group, 50, threads)
+    timer = threading.Timer(0.1, os.kill, [os.getpid(), signal.SIGINT])
+    start = time.monotonic()
+    timer.start()
+    with pytest.raises(KeyboardInterrupt):
+        long.run(interruptible=True)
+    assert time.monotonic() - start < 2
+    timer.join()
+    for _ in range(20):
+        in_time(chain.run)
+        chain.check()
 
 
 # -- the small parts -------------------------------------------------------------------------------

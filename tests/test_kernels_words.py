@@ -36,11 +36,11 @@ def test_features_decide(monkeypatch: pytest.MonkeyPatch) -> None:
 def runnable() -> list[str]:
     """AVX-VNNI's instruction exists on AVX-512 machines too, in another encoding."""
     vnni = {"avx512vl", "avx512vnni"} <= isas.host_features()
-    return kit.ISAS + [n for n in ("avxvnni",) if vnni and n not in kit.ISAS]
+    return kit.EMITTED + [n for n in ("avxvnni",) if vnni and n not in kit.ISAS]
 
 
 def word(isa: str, emit: Callable[..., None], arguments: str) -> Callable[..., None]:
-    cpu = None if isa in kit.ISAS else "host"
+    cpu = "host" if isa == "avxvnni" and isa not in kit.ISAS else None
     return kit.native(emit, arguments, isa, cpu=cpu)
 
 
@@ -96,7 +96,7 @@ def test_dot(isa: str, signed: bool, lanes: int, rng: np.random.Generator) -> No
 
 # -- lookup ----------------------------------------------------------------------------------------
 @pytest.mark.parametrize("lanes", [8, 16, 32, 64])
-@pytest.mark.parametrize("isa", kit.ISAS)
+@pytest.mark.parametrize("isa", kit.EMITTED)
 def test_lookup(isa: str, lanes: int, rng: np.random.Generator) -> None:
     table = [-128, 127, 0, -1, 5, 17, -90, 33, 64, -64, 100, -100, 2, -2, 81, -37]
     index = np.concatenate([np.tile(np.arange(16), 4), rng.integers(0, 16, 640)]).astype(np.int8)
@@ -143,7 +143,7 @@ def assert_same_bits(got: np.ndarray, expected: np.ndarray) -> None:
 
 
 @pytest.mark.parametrize("lanes", [1, 2, 8, 16])
-@pytest.mark.parametrize("isa", kit.ISAS)
+@pytest.mark.parametrize("isa", kit.EMITTED)
 def test_every_half_becomes_its_f32(isa: str, lanes: int) -> None:
     halves = HALVES.view(np.float16)
     assert_same_bits(convert(isa, lanes, halves), halves.astype(np.float32))
@@ -162,7 +162,7 @@ def awkward_floats(rng: np.random.Generator) -> np.ndarray:
 
 
 @pytest.mark.parametrize("lanes", [1, 8, 16])
-@pytest.mark.parametrize("isa", kit.ISAS)
+@pytest.mark.parametrize("isa", kit.EMITTED)
 def test_f32_rounds_to_the_nearest_half(isa: str, lanes: int, rng: np.random.Generator) -> None:
     values = awkward_floats(rng)
     with np.errstate(over="ignore", invalid="ignore"):

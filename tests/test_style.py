@@ -25,7 +25,18 @@ LAYERS = [
     {"blockformat", "blocks", "gguf", "checkpoint"},
     {"kernels"},
     {"models", "tokenizer", "sampler", "cache", "quantizers", "recipe", "sandbox"},
-    {"engine", "chat", "pipeline", "sources", "evaluate", "bench", "hub", "limits"},
+    {
+        "answer",
+        "draft",
+        "engine",
+        "chat",
+        "pipeline",
+        "sources",
+        "evaluate",
+        "bench",
+        "hub",
+        "limits",
+    },
     {"cli", "__init__", "__main__"},
 ]
 

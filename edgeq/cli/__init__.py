@@ -10,7 +10,7 @@ import pkgutil
 import signal
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 
@@ -50,12 +50,17 @@ class Commands(click.Group):
         with formatter.section("Commands"):
             formatter.write_dl([(name, _summary(name)) for name in self.list_commands(ctx)])
 
+    def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
+        try:
+            return super().make_context(*args, **kwargs)
+        except KeyboardInterrupt:  # where click itself would say "Aborted!" and exit with 1
+            _interrupted()
+
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:
-            click.echo("edgeq: interrupted", err=True)
-            ctx.exit(130)
+            _interrupted()
         except BrokenPipeError:
             _leave_quietly()
         except (EdgeqError, OSError, MemoryError) as error:
@@ -92,7 +97,12 @@ def _message(error: BaseException) -> str:
     return str(error) or type(error).__name__
 
 
-def _leave_quietly() -> None:
+def _interrupted() -> NoReturn:
+    click.echo("edgeq: interrupted", err=True)
+    sys.exit(128 + signal.SIGINT)
+
+
+def _leave_quietly() -> NoReturn:
     """The reader of our output has gone (`edgeq inspect FILE | head`): that is not an error."""
     # Python flushes stdout once more at exit: give it somewhere harmless to go.
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -110,11 +120,21 @@ def app() -> None:
 
 
 def main() -> None:
-    """Entry point of `edgeq` and `python -m edgeq`."""
+    """Entry point, once everything is imported: see `edgeq.__main__`."""
     # Leaving through an exception lets a writer remove its unfinished file.
     for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, lambda received, frame: sys.exit(128 + received))
+        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup
+            signal.signal(number, lambda received, frame: sys.exit(128 + received))
+    _open_streams()
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     app(prog_name="edgeq")
+
+
+def _open_streams() -> None:
+    """Give what the caller closed (`edgeq run ... <&-`) a harmless end; Python has None for it."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            flags = os.O_RDONLY if mode == "r" else os.O_WRONLY
+            setattr(sys, name, os.fdopen(os.open(os.devnull, flags), mode, encoding="utf-8"))

@@ -33,6 +33,7 @@ class Chat:
     system: str | None = None
     max_tokens: int = -1
     sampling: dict[str, Any] = field(default_factory=dict)  # settings that were given
+    draft_ngram: bool = False
     messages: list[dict[str, str]] = field(default_factory=list)
 
     def ask(self, text: str) -> None:
@@ -62,7 +63,9 @@ class Chat:
     def _answer(self) -> Iterator[str]:
         from edgeq.chat import encode_chat
 
-        options = {"max_tokens": self.max_tokens, **self.sampling}
+        options: dict[str, Any] = {"max_tokens": self.max_tokens, **self.sampling}
+        if self.draft_ngram:
+            options["draft_ngram"] = True
         if self.template is None:
             return self.model.generate(self.messages[-1]["content"], **options)
         first = [{"role": "system", "content": self.system}] if self.system else []
@@ -85,7 +88,9 @@ def statistics(model: "Model") -> str:
     return " | ".join(
         [
             f"prompt {s.prompt_tokens}{cached} tok, {_rate(s.prompt_tokens, s.prompt_seconds)}",
-            f"answer {s.generated_tokens} tok, {_rate(s.generated_tokens, s.generation_seconds)}",
+            # The first token comes from the prompt's logits.
+            f"answer {s.generated_tokens} tok, "
+            f"{_rate(s.generated_tokens - 1, s.generation_seconds)}",
             f"peak RAM {human(memory.peak())}",
             f"{model.threads} thread{'s' if model.threads > 1 else ''}",
             model.isa,
@@ -93,16 +98,17 @@ def statistics(model: "Model") -> str:
     )
 
 
-def report(model: "Model") -> None:
+def report(model: "Model", *, chatting: bool) -> None:
     """Tell how the last answer went, and whether it was cut."""
     if model.stats.finish == "context":
-        larger = "-c N for a larger one, " if model.ctx < model.arch.context_length else ""
-        note(f"cut: the context of {model.ctx} tokens is full: {larger}/clear to start over")
+        larger = ["-c N for a larger one"] * (model.ctx < model.arch.context_length)
+        advice = ", ".join([*larger, *["/clear to start over"] * chatting])
+        note(f"cut: the context of {model.ctx} tokens is full{': ' * bool(advice)}{advice}")
     note(statistics(model))
 
 
 def _rate(count: int, seconds: float) -> str:
-    return f"{count / seconds:.1f} tok/s" if count and seconds > 0 else "- tok/s"
+    return f"{count / seconds:.1f} tok/s" if count > 0 and seconds > 0 else "- tok/s"
 
 
 def loop(chat: Chat, read: Read) -> None:
@@ -145,7 +151,7 @@ def _turn(chat: Chat, text: str) -> None:
     except EdgeqError as error:
         note(f"edgeq: {error}")
     else:
-        report(chat.model)
+        report(chat.model, chatting=True)
 
 
 def _obey(chat: Chat, text: str) -> bool:

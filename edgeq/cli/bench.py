@@ -9,21 +9,23 @@ from typing import TYPE_CHECKING
 
 import click
 
-from edgeq.cli._terminal import Status, human
+from edgeq.cli._terminal import Status, human, note
 
 if TYPE_CHECKING:
     from edgeq.bench import Row
 
 
-def _counts(ctx: click.Context, param: click.Parameter, value: str) -> list[int]:
-    """Comma-separated counts, such as 128,512."""
+def _counts(ctx: click.Context, param: click.Parameter, value: str | None) -> list[int] | None:
+    """Comma-separated counts, such as 128,512; without 0, which leaves a kind of test out."""
+    if value is None:
+        return None
     try:
         numbers = [int(word) for word in value.split(",")]
     except ValueError:
         numbers = [-1]
     if min(numbers) < 0:
         raise click.BadParameter(f"{value!r}: expected counts such as 512 or 128,512")
-    return numbers
+    return [n for n in numbers if n]
 
 
 @click.command()
@@ -33,16 +35,14 @@ def _counts(ctx: click.Context, param: click.Parameter, value: str) -> list[int]
     "--n-prompt",
     callback=_counts,
     metavar="N,...",
-    default="512",
-    help="Prompt lengths. [512]",
+    help="Prompt lengths. [512, or the context]",
 )
 @click.option(
     "-n",
     "--n-gen",
     callback=_counts,
     metavar="N,...",
-    default="128",
-    help="Tokens to generate. [128]",
+    help="Tokens to generate. [128, or the context]",
 )
 @click.option("-d", "--n-depth", type=click.IntRange(0), default=0, help="Tokens before. [0]")
 @click.option("-t", "--threads", type=click.IntRange(1), help="Threads. [one per core]")
@@ -56,8 +56,8 @@ def _counts(ctx: click.Context, param: click.Parameter, value: str) -> list[int]
 )
 def command(
     model: str,
-    n_prompt: list[int],
-    n_gen: list[int],
+    n_prompt: list[int] | None,
+    n_gen: list[int] | None,
     n_depth: int,
     threads: int | None,
     repetitions: int,
@@ -73,8 +73,8 @@ def command(
     try:
         rows = bench.run(
             hub.model(model),
-            prompts=[n for n in n_prompt if n],
-            gens=[n for n in n_gen if n],
+            prompts=n_prompt,
+            gens=n_gen,
             threads=threads,
             reps=repetitions,
             depth=n_depth,
@@ -83,6 +83,11 @@ def command(
         )
     finally:
         status.clear()
+    for row in rows:
+        usual = bench.PROMPT if row.n_prompt else bench.GEN
+        given = n_prompt if row.n_prompt else n_gen
+        if given is None and max(row.n_prompt, row.n_gen) < usual:
+            note(f"{_test(row)}: the model's context holds no test of {usual} tokens")
     click.echo(_FORMATS[output](rows))
 
 

@@ -21,7 +21,11 @@ _STARTING = "starting (first use compiles)"
 @click.argument("src")
 @click.option("-o", "--out", type=click.Path(), help="File or folder to write. [current folder]")
 @click.option("-t", "--type", "recipe", default="Q4_K_M", help="Recipe, or a recipe file. [Q4_K_M]")
-@click.option("--method", default="search", help="Quantizer: search or rtn (fast). [search]")
+@click.option(
+    "--method",
+    default="search",
+    help="Quantizer: search, or rtn (plain rounding, needs no compiler). [search]",
+)
 @click.option("--force", is_flag=True, help="Replace an existing file.")
 @click.option("--threads", type=click.IntRange(1), help="Threads for quantizing. [one per core]")
 @click.option("--allow-requantize", is_flag=True, help="Accept a source already quantized.")
@@ -81,7 +85,8 @@ def _stoppable() -> Iterator[Callable[[], None]]:
             sys.exit(128 + received[0])
 
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    before = [(number, signal.signal(number, on_signal)) for number in numbers]
+    heard = [n for n in numbers if signal.getsignal(n) is not signal.SIG_IGN]  # as under nohup
+    before = [(number, signal.signal(number, on_signal)) for number in heard]
     try:
         yield check
     finally:

@@ -37,8 +37,9 @@ def _sampling_options(function: Any) -> Any:
 
 
 @click.command()
-@click.argument("model")
+@click.argument("model", required=False, metavar="MODEL")
 @click.argument("prompt", required=False)
+@click.option("-m", "--model", "model_flag", metavar="MODEL", help="Same as MODEL.")
 @click.option("-p", "--prompt", "prompt_flag", metavar="TEXT", help="Same as PROMPT.")
 @click.option("-f", "--file", type=_FILE, help="Read the prompt from a file.")
 @click.option("-sys", "--system-prompt", "system", metavar="TEXT", help="System message.")
@@ -60,12 +61,14 @@ def _sampling_options(function: Any) -> Any:
 @click.option("-t", "--threads", type=click.IntRange(1), help="Threads. [one per core]")
 @_sampling_options
 @click.option("--chat-template-file", type=_FILE, help="Jinja chat template to use instead.")
+@click.option("--draft-ngram", is_flag=True, help="Guess from repeated text: same answer, sooner.")
 @click.option("--raw", is_flag=True, help="Continue the text as it is: no chat template.")
 @click.option("-ctk", "--cache-type-k", type=click.Choice(["f16"]), help="Type of cached keys.")
 @click.option("-ctv", "--cache-type-v", type=click.Choice(["f16"]), help="Type of cached values.")
 def command(
-    model: str,
+    model: str | None,
     prompt: str | None,
+    model_flag: str | None,
     prompt_flag: str | None,
     file: str | None,
     system: str | None,
@@ -73,6 +76,7 @@ def command(
     ctx: int,
     threads: int | None,
     chat_template_file: str | None,
+    draft_ngram: bool,
     raw: bool,
     cache_type_k: str | None,
     cache_type_v: str | None,
@@ -86,19 +90,31 @@ def command(
     """
     if raw and (system or chat_template_file):
         raise click.UsageError("--raw uses no template: leave out -sys and --chat-template-file")
+    name, prompt = _names(model, prompt, model_flag)
     text = _prompt(prompt, prompt_flag, file)
     given = {name: value for name, value in sampling.items() if value is not None}
     if seed is not None and seed != -1:
         given["seed"] = seed
-    loaded = _load(model, threads, ctx)
+    loaded = _load(name, threads, ctx)
     template = None if raw else _template(loaded, chat_template_file)
     if system and template is None:
-        raise RequestError(f"{model}: no chat template: a system message needs one")
-    chat = _chat.Chat(loaded, template, system, predict, given)
+        raise RequestError(f"{name}: no chat template: a system message needs one")
+    chat = _chat.Chat(loaded, template, system, predict, given, draft_ngram)
     if text is None:
         _chat.loop(chat, _chat.reader())
     else:
         _one_shot(chat, text)
+
+
+def _names(model: str | None, prompt: str | None, flag: str | None) -> tuple[str, str | None]:
+    """Model and prompt: with -m, the first argument is the prompt."""
+    if flag is not None:
+        if prompt is not None:
+            raise click.UsageError("more than one model: use one of MODEL and -m")
+        return flag, model
+    if model is None:
+        raise click.UsageError("Missing argument 'MODEL'.")
+    return model, prompt
 
 
 def _prompt(*sources: str | None) -> str | None:
@@ -125,11 +141,16 @@ def _load(name: str, threads: int | None, ctx: int) -> "Model":
 
     status = Status()
     try:
-        return load(
+        model = load(
             hub.model(name), threads=threads, ctx=ctx or None, on_compile=status.compiling()
         )
     finally:
         status.clear()
+    for warning in dict.fromkeys(
+        warning for part in (model.gguf, model, model.tokenizer) for warning in part.warnings
+    ):
+        note(f"warning: {warning}")
+    return model
 
 
 def _template(model: "Model", file: str | None) -> "ChatTemplate | None":
@@ -150,5 +171,5 @@ def _one_shot(chat: _chat.Chat, text: str) -> None:
     try:
         chat.ask(text)
     finally:
-        if chat.model.stats.generated_tokens:
-            _chat.report(chat.model)
+        if chat.model.stats.prompt_tokens:
+            _chat.report(chat.model, chatting=False)

@@ -2,7 +2,8 @@
 
 The bytes go to NAME.part, allocated in full before the first is written, so a full disk shows at
 once. Then: fsync, rename, fsync of the folder. Whatever stops the work before the rename leaves the
-name as it was.
+name as it was. Browsers keep their downloads under such names too: a file is ours when it begins
+with MARK, which the owner overwrites last.
 """
 
 import contextlib
@@ -16,7 +17,9 @@ from pathlib import Path
 
 from edgeq.errors import ResourceError
 
-__all__ = ["PartFile"]
+__all__ = ["MARK", "PartFile"]
+
+MARK = b"\0eq\n"  # the first bytes of an unfinished file; of no known kind of file
 
 _MARGIN = 64 << 20  # bytes, at most, that stay free on the disk beyond the file's own
 _PIECE = 16 << 20  # bytes per system call, so that Ctrl-C is seen in time
@@ -26,8 +29,9 @@ _SYNC_EVERY = 256 << 20  # bytes; bounds what is lost, and the stall, when the d
 class PartFile:
     """NAME.part of `size` bytes, open for writing at any place; `commit` or `abort` ends it.
 
-    Raises ResourceError when `path` exists (unless `force`), the disk lacks the space, or another
-    process is writing the same file.
+    It begins with MARK: write the first bytes last. Raises ResourceError when `path` exists (unless
+    `force`), the disk lacks the space, another process is writing the same file, or NAME.part is
+    somebody else's.
     """
 
     def __init__(self, path: Path, size: int, *, force: bool = False) -> None:
@@ -52,7 +56,7 @@ class PartFile:
             self._unsynced += len(data)
             if self._unsynced >= _SYNC_EVERY:
                 self._unsynced = 0
-                os.fdatasync(self._fd)
+                getattr(os, "fdatasync", os.fsync)(self._fd)  # macOS has fsync only
 
     def pread(self, offset: int, size: int) -> bytes:
         """`size` bytes at `offset`, as the file holds them."""
@@ -97,6 +101,7 @@ class PartFile:
             fd = os.open(self.part, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
         try:
             self._lock(fd)
+            self._refuse_foreign(fd)
         except BaseException:
             os.close(fd)
             raise
@@ -118,6 +123,14 @@ class PartFile:
         if not os.path.samestat(os.fstat(fd), named) or not stat.S_ISREG(named.st_mode):
             raise busy
 
+    def _refuse_foreign(self, fd: int) -> None:
+        """What an earlier run of ours left may go; a file of something else must not."""
+        with _reported(self.part):
+            if os.fstat(fd).st_size == 0 or os.pread(fd, len(MARK), 0) == MARK:
+                return
+        advice = "remove it, move it away, or write to another name"
+        raise ResourceError(f"{self.part}: exists and was not made by edgeq: {advice}")
+
     def _reserve(self) -> None:
         with _reported(self.part):
             os.ftruncate(self._fd, 0)  # what an earlier run left counts as free space
@@ -125,6 +138,9 @@ class PartFile:
         needed = self.size + min(self.size // 20, _MARGIN)
         if free < needed:
             raise self._no_space(needed, free)
+        with _reported(self.part):
+            _write_all(self._fd, memoryview(MARK), 0)
+            os.fsync(self._fd)  # after a power cut it must still be known as ours
         try:
             _allocate(self._fd, self.size)
         except OSError as error:

@@ -6,12 +6,16 @@ attention.py; how a format's bytes become lanes in codes.py; what differs betwee
 in isa/.
 """
 
+import contextlib
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterable
 from functools import cache as once
+from pathlib import Path
 from types import ModuleType
+from typing import IO
 
 from edgeq.errors import KernelError
 from edgeq.kernels import cache
@@ -53,7 +57,8 @@ def _address(name: str, isa: ModuleType) -> int:
     address = _loader().add(*entry) if entry else 0
     if not address:
         raise KernelError(
-            f"kernel {name}: no code in {cache.folder(isa)} after compiling it: is the disk full?"
+            f"kernel {name}: no code in {cache.folder(isa)}: is the disk full, or the "
+            "folder open to others?"
         )
     return address
 
@@ -63,32 +68,49 @@ def _compile(names: list[str], isa: ModuleType, progress: Progress | None) -> No
     if progress:
         progress("", 0, len(names))
     shares = [names[i::2] for i in range(min(2, len(names), os.cpu_count() or 1))]
-    children = [_child(share, isa) for share in shares]
-    try:
+    with contextlib.ExitStack() as stack:
+        # Files, not pipes: a child that says a lot would wait for a reader of its errors.
+        errors = [stack.enter_context(_text_file()) for _ in shares]
+        children = []
+        for share, file in zip(shares, errors):
+            children.append(stack.enter_context(_child(share, file, isa)))
+            stack.callback(children[-1].kill)
         for child in children:
             assert child.stdout is not None
             for line in child.stdout:
                 done += 1
                 if progress:
                     progress(line.strip(), done, len(names))
-        for child in children:
-            _, errors = child.communicate()
-            if child.returncode:
-                last = errors.strip().splitlines()[-1:] or [f"exit code {child.returncode}"]
-                raise KernelError(f"compiling kernels for {isa.NAME} failed: {last[0]}")
-    finally:
-        for child in children:
-            child.kill()
-            child.communicate()
+        for child, file in zip(children, errors):
+            if child.wait():
+                last = _last_line(file) or f"exit code {child.returncode}"
+                raise KernelError(f"compiling kernels for {isa.NAME} failed: {last}")
 
 
-def _child(names: list[str], isa: ModuleType) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "edgeq.kernels.compile", str(cache.folder(isa)), *names]
-    env = {**os.environ, "EDGEQ_ISA": isa.NAME}
+def _text_file() -> IO[str]:
+    return tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")
+
+
+def _last_line(file: IO[str]) -> str:
+    file.seek(0)
+    lines = file.read().strip().splitlines()
+    return lines[-1] if lines else ""
+
+
+def _child(names: list[str], errors: IO[str], isa: ModuleType) -> subprocess.Popen[str]:
+    # -P: a numba.py in the current folder is not ours to run.
+    module = ["-P", "-m", "edgeq.kernels.compile"]
+    command = [sys.executable, *module, str(cache.folder(isa)), *names]
+    env = {**os.environ, "EDGEQ_ISA": isa.NAME, "PYTHONPATH": _search_path()}
     if os.environ.get("EDGEQ_ISA"):
         env.setdefault("NUMBA_CPU_NAME", isa.CPU[isas.machine()])
         env.setdefault("NUMBA_CPU_FEATURES", "")
-    path = [p for p in sys.path if p] + [os.environ.get("PYTHONPATH", "")]
-    env["PYTHONPATH"] = os.pathsep.join(p for p in path if p)
-    pipe = subprocess.PIPE
-    return subprocess.Popen(command, env=env, stdout=pipe, stderr=pipe, text=True)
+    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=errors, text=True)
+
+
+def _search_path() -> str:
+    """Where this process finds modules, without the current folder unless edgeq is there."""
+    home, here = Path(__file__).resolve().parents[2], Path(".").resolve()
+    places = [Path(place).resolve() for place in sys.path]
+    kept = [place for place in places if place != here or place == home]
+    return os.pathsep.join(map(str, kept if home in kept else [home, *kept]))

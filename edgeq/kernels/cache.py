@@ -3,7 +3,8 @@ instruction set and source.
 
 A second start maps what the first one compiled and imports neither Numba nor a compiler. An entry
 that is missing, cut short, altered or somebody else's is compiled again, never fatal. The folder is
-private (0700): object code is as trusted as edgeq itself.
+made private (0700), and only what nobody else could have written is read: object code is as trusted
+as edgeq itself.
 """
 
 import ctypes
@@ -20,36 +21,50 @@ from types import ModuleType
 from typing import Any
 
 from edgeq.data import find
+from edgeq.errors import KernelError
 
-__all__ = ["Loader", "folder", "read", "write"]
+__all__ = ["Loader", "folder", "read", "root", "write"]
 
 MAGIC = b"edgeq kernel 1\n"
 
 
 def root() -> Path:
-    """EDGEQ_CACHE, else the user's cache folder; a private temporary folder where that is not
-    writable or not ours.
+    """Folder `edgeq` in EDGEQ_CACHE, else in the user's cache folder; where that is not writable,
+    or others could write in it, a fixed one among the temporary files.
+
+    Raises KernelError when neither can be used.
     """
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    path = Path(os.environ.get("EDGEQ_CACHE") or Path(home) / "edgeq")
+    places = [Path(os.environ.get("EDGEQ_CACHE") or home).absolute() / "edgeq", _temporary()]
+    for path in places:
+        if _usable(path):
+            return path
+    raise KernelError(
+        f"no place for compiled kernels: {places[0]} and {places[1]} cannot be written, or others "
+        "can write there: set EDGEQ_CACHE to a folder of your own"
+    )
+
+
+def _temporary() -> Path:
+    name = f"edgeq-{os.getuid()}" if os.name == "posix" else "edgeq"
+    return Path(tempfile.gettempdir()).absolute() / name
+
+
+def _usable(path: Path) -> bool:
+    """Make a private folder, or find it so; one that is shared is left as it is."""
     try:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if os.name == "posix":
-            status = path.stat()
-            if status.st_uid != os.getuid():
-                raise PermissionError
-            if stat.S_IMODE(status.st_mode) & 0o022:
-                path.chmod(0o700)
-        if not os.access(path, os.W_OK):
-            raise PermissionError
+        status = path.lstat()
     except OSError:
-        return _temporary()
-    return path
+        return False
+    return stat.S_ISDIR(status.st_mode) and _private(status) and os.access(path, os.W_OK | os.X_OK)
 
 
-@cache
-def _temporary() -> Path:
-    return Path(tempfile.mkdtemp(prefix="edgeq-"))
+def _private(status: os.stat_result) -> bool:
+    """Whether only this user can have written what is there."""
+    if os.name != "posix":
+        return True
+    return status.st_uid == os.getuid() and not stat.S_IMODE(status.st_mode) & 0o022
 
 
 @cache
@@ -92,7 +107,7 @@ def _seal(name: str, symbol: str, code: bytes) -> str:
 def write(where: Path, name: str, symbol: str, code: bytes) -> None:
     """Store a compiled kernel in a folder; complete or not at all."""
     path = _file(where, name)
-    path.parent.mkdir(mode=0o700, exist_ok=True)
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     head = {"symbol": symbol, "bytes": len(code), "sha256": _seal(name, symbol, code)}
     with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
         file.write(MAGIC + json.dumps(head).encode() + b"\n" + code)
@@ -100,9 +115,9 @@ def write(where: Path, name: str, symbol: str, code: bytes) -> None:
 
 
 def read(where: Path, name: str) -> tuple[str, bytes] | None:
-    """(symbol, object code), or None when there is no sound entry."""
+    """(symbol, object code), or None when there is no sound entry of this user's own."""
     try:
-        data = _file(where, name).read_bytes()
+        data = _own(_file(where, name))
         if not data.startswith(MAGIC):
             return None
         line, _, code = data[len(MAGIC) :].partition(b"\n")
@@ -111,6 +126,15 @@ def read(where: Path, name: str) -> tuple[str, bytes] | None:
         return (symbol, code) if head["sha256"] == _seal(name, symbol, code) else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+def _own(path: Path) -> bytes:
+    """Bytes of a file, none when others could have written it or put it there. Raises OSError."""
+    if not _private(path.parent.lstat()):
+        return b""
+    fd = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0))
+    with open(fd, "rb") as file:
+        return file.read() if _private(os.fstat(fd)) else b""
 
 
 class Loader:

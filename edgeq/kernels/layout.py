@@ -14,6 +14,7 @@ BLOCK_WORDS = 4  # program block: address of the ops, their count, sync block, t
 
 TILE_KEYS = 16  # keys side by side in the K cache
 KEYS = 128  # keys per step of online softmax
+COLUMNS = 4  # columns of activations that share one reading of a row of weights
 DOT_CHAINS = 12  # independent sums of the dot-product probe: more than its latency
 
 # Argument blocks, by kernel. Everywhere: state = [tokens, first position]; eps, scale: f32 bits;

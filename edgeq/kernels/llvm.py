@@ -18,8 +18,9 @@ I1, I8, I16, I32, I64 = (ir.IntType(bits) for bits in (1, 8, 16, 32, 64))
 F16, F32 = ir.HalfType(), ir.FloatType()
 PTR = ir.PointerType()
 
-# Sums may be reordered and multiplies contracted; NaN and infinity keep their meaning.
-FAST = ("reassoc", "contract", "nsz", "arcp")
+# Multiplies may be contracted; NaN and infinity keep their meaning. Nothing is reordered: a column
+# must give the same bits alone and among others.
+FAST = ("contract", "nsz", "arcp")
 Value = Any  # llvmlite values have no useful static type
 
 

@@ -5,13 +5,15 @@ from typing import Any
 
 from edgeq.blocks import BlockFormat
 from edgeq.kernels.codes import plain
-from edgeq.kernels.dot import row_dot
-from edgeq.kernels.layout import MATMUL
+from edgeq.kernels.dot import Column, row_dots
+from edgeq.kernels.layout import COLUMNS, MATMUL
 from edgeq.kernels.llvm import F32, Emit, Value, vector
 from edgeq.kernels.tile import float_panel, float_tile, quant_panel, quant_tile, rows_of
 from edgeq.kernels.words import emitted, f32_at, f32_set, load, smaller
 
 __all__ = ["matmul", "matvec"]
+
+ALONE = 3  # fewer than so many are faster one by one
 
 (
     STATE, W, ROWS, COLS, ROW_BYTES, X, XD, XS, OUT, STRIDE, BIAS, ADD, SCRATCH, SCRATCH_BYTES,
@@ -20,36 +22,74 @@ __all__ = ["matmul", "matvec"]
 
 
 def matvec(isa: ModuleType, fmt: BlockFormat) -> Any:
-    """Few columns: a thread streams its share of the rows once; columns reuse a row from L1."""
-    x_bytes = 4 if plain(fmt) else 1
-    group = 1 if plain(fmt) else fmt.group
-
-    def emit(e: Emit, w: Value, x: Value, xd: Value, xs: Value, cols: Value) -> Value:
-        return row_dot(e, fmt, e.pointer(w), e.pointer(x), e.pointer(xd), e.pointer(xs), cols)
-
-    dot = emitted(isa, emit, "iiiii", result=True)
+    """Few columns: a thread streams its share of the rows once, for up to COLUMNS of them at a
+    time; further columns find the row in L1.
+    """
+    one, several = _dots(isa, fmt, 1), _dots(isa, fmt, COLUMNS)
 
     def kernel(args, thread, threads):
         tokens = load(load(args, STATE), 0)
         rows, cols, row_bytes = load(args, ROWS), load(args, COLS), load(args, ROW_BYTES)
         w, x, xd, xs = load(args, W), load(args, X), load(args, XD), load(args, XS)
-        out, stride, bias, add = (
-            load(args, OUT),
-            load(args, STRIDE),
-            load(args, BIAS),
-            load(args, ADD),
-        )
+        sums = load(args, SCRATCH) + thread * load(args, SCRATCH_BYTES)
         for r in range(rows * thread // threads, rows * (thread + 1) // threads):
-            for t in range(tokens):
-                d, s = xd + t * (cols // 32 * 4), xs + t * (cols // group * 4)
-                value = dot(w + r * row_bytes, x + t * cols * x_bytes, d, s, cols)
-                if bias != 0:
-                    value += f32_at(bias, r)
-                if add != 0:
-                    value += f32_at(out, t * stride + r)
-                f32_set(out, t * stride + r, value)
+            row = w + r * row_bytes
+            t = 0
+            while t < tokens:
+                if tokens - t < ALONE:
+                    n = 1
+                    one(row, x, xd, xs, cols, t, tokens, sums)
+                else:
+                    n = smaller(COLUMNS, tokens - t)
+                    several(row, x, xd, xs, cols, t, tokens, sums)
+                put(args, sums, r, t, n)
+                t += n
 
     return kernel
+
+
+def _dots(isa: ModuleType, fmt: BlockFormat, columns: int) -> Any:
+    """Emitted function: products of a row with `columns` columns of x from the first on."""
+    x_bytes, group = (4, 32) if plain(fmt) else (1, fmt.group)
+
+    def emit(e: Emit, *v: Value) -> None:
+        w, x, xd, xs = (e.pointer(address) for address in v[:4])
+        cols, first, last, out = v[4], v[5], e.b.sub(v[6], e.i64(1)), e.pointer(v[7])
+        wanted = []
+        for k in range(columns):
+            # There may be fewer columns than lanes: the last one takes their place.
+            token = e.b.add(first, e.i64(k))
+            token = e.b.select(e.b.icmp_signed("<", token, last), token, last)
+            at = e.b.mul(token, cols)
+            d, s = (e.b.mul(e.b.udiv(at, e.i64(n)), e.i64(4)) for n in (32, group))
+            place = e.at(x, e.b.mul(at, e.i64(x_bytes)))
+            wanted.append(Column(place, e.at(xd, d), e.at(xs, s)))
+        for k, total in enumerate(row_dots(e, fmt, w, wanted, cols)):
+            e.store(total, out, 4 * k)
+
+    return emitted(isa, emit, "i" * 8)
+
+
+def _putter() -> Any:
+    from numba import njit
+
+    @njit(nogil=True, error_model="numpy", forceinline=True)
+    def put(args, sums, row, token, tokens):
+        """Write the sums of one row to out."""
+        out, stride = load(args, OUT), load(args, STRIDE)
+        bias, add = load(args, BIAS), load(args, ADD)
+        for t in range(tokens):
+            value, slot = f32_at(sums, t), (token + t) * stride + row
+            if bias != 0:
+                value += f32_at(bias, row)
+            if add != 0:
+                value += f32_at(out, slot)
+            f32_set(out, slot, value)
+
+    return put
+
+
+put = _putter()
 
 
 def matmul(isa: ModuleType, fmt: BlockFormat) -> Any:

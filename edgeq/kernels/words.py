@@ -7,6 +7,7 @@ Python object.
 """
 
 import inspect
+import itertools
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -36,6 +37,7 @@ __all__ = [
 
 SIGNATURE = types.void(types.intp, types.intp, types.intp)
 ORDER = "seq_cst"
+_serial = itertools.count()  # two emitted functions may have the same Python name
 
 
 def emitted(
@@ -49,11 +51,11 @@ def emitted(
     """
     kinds = [types.float32 if letter == "f" else types.intp for letter in arguments]
     returns = types.float32 if result else types.void
+    name = f"edgeq.{emit.__qualname__}.{next(_serial)}"
 
     def define(typing_context, *args):
         def generate(context, builder, signature, values):
             module = builder.module
-            name = f"edgeq.{emit.__module__}.{emit.__qualname__}"
             function = module.globals.get(name) or _function(
                 module, name, isa, emit, arguments, result
             )

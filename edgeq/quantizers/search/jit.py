@@ -27,7 +27,10 @@ def _folder() -> str:
     digest = hashlib.sha256(f"{numba.__version__} {llvmlite.__version__}".encode())
     for path in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(path.read_bytes())
-    return str(root() / f"quantize-{digest.hexdigest()[:20]}")
+    path = root() / f"quantize-{digest.hexdigest()[:20]}"
+    with suppress(OSError):
+        path.mkdir(mode=0o700, exist_ok=True)  # Numba's own folders in it may be less private
+    return str(path)
 
 
 class _Cache(FunctionCache):  # type: ignore[misc]
