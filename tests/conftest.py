@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import time
 import tracemalloc
 from collections.abc import Callable, Iterator
@@ -13,6 +14,12 @@ from numpy.typing import NDArray
 
 from edgeq import blocks
 from edgeq.gguf import Gguf, open_gguf
+
+# A shell's background job starts with these ignored, and would hand that on to what tests start.
+for number in (signal.SIGINT, signal.SIGHUP):
+    if signal.getsignal(number) is signal.SIG_IGN:
+        handler = signal.default_int_handler if number is signal.SIGINT else signal.SIG_DFL
+        signal.signal(number, handler)
 
 RandomBlocks = Callable[..., NDArray[np.uint8]]
 OpenBytes = Callable[[bytes], Gguf]

@@ -205,18 +205,19 @@ def interrupt_after(monkeypatch, moment: int):
     """KeyboardInterrupt in the thread that waits for a program, at one of a few moments."""
     from edgeq.kernels import program
 
-    join = threading.Thread.join
+    wait, main, seen = threading.Event.wait, threading.main_thread(), []
 
     def interrupted(self, timeout=None):
-        if self.name.startswith("edgeq") or interrupted.done:
-            return join(self, timeout)
-        interrupted.done = True
-        join(self, moment / 1000)
-        raise KeyboardInterrupt
+        """0: while the thread that runs the program starts; else some time after it did."""
+        if threading.current_thread() is main:
+            seen.append(self)
+            if len(seen) == (1 if moment == 0 else 2):
+                wait(self, moment / 1000)
+                raise KeyboardInterrupt
+        return wait(self, timeout)
 
-    interrupted.done = False
     with monkeypatch.context() as patch:
-        patch.setattr(program.threading.Thread, "join", interrupted)
+        patch.setattr(program.threading.Event, "wait", interrupted)
         yield
 
 

@@ -96,11 +96,11 @@ def _yield_address() -> int:
     return int(ctypes.cast(function, ctypes.c_void_p).value or 0)
 
 
-def _outlast(runner: threading.Thread) -> None:
-    """Wait for a thread that is about to end, whatever else is pressed meanwhile."""
-    while runner.is_alive():
+def _outlast(done: threading.Event) -> None:
+    """Wait for an event that is about to come, whatever else is pressed meanwhile."""
+    while not done.is_set():
         with contextlib.suppress(KeyboardInterrupt):
-            runner.join()
+            done.wait()
 
 
 class Team:
@@ -154,20 +154,23 @@ class Team:
     def run_interruptible(self, block: int, threads: int) -> None:
         """`run` on a thread of its own, while this one can receive signals."""
         failures: list[BaseException] = []
+        begun, done = threading.Lock(), threading.Event()
 
         def native() -> None:
-            try:
-                self.run(block, threads)
-            except BaseException as error:
-                failures.append(error)
+            if begun.acquire(blocking=False):
+                try:
+                    self.run(block, threads)
+                except BaseException as error:
+                    failures.append(error)
+                done.set()
 
-        runner = threading.Thread(target=native, daemon=True)
-        runner.start()
         try:
-            runner.join()
+            threading.Thread(target=native, daemon=True).start()
+            done.wait()  # not `join`: Python 3.11 and 3.12 take an interrupted one for the end
         except BaseException:
             self.sync[CANCEL] = 1
-            _outlast(runner)
+            if not begun.acquire(blocking=False):  # otherwise it never will begin
+                _outlast(done)
             raise
         finally:
             self.sync[CANCEL] = 0
