@@ -1,4 +1,18 @@
-"""Load a model, read a prompt, generate: the one stateful object that users meet."""
+"""Load a model, read a prompt, generate: the one stateful object that users meet.
+
+From the folder of a checkout:
+
+>>> import edgeq
+>>> path = edgeq.convert("examples/tiny-home", "tiny.gguf", "Q8_0")
+>>> with edgeq.load(path) as model:
+...     question = {"role": "user", "content": "What is the capital of Japan?"}
+...     answer = "".join(model.chat([question], temperature=0))
+...     ids = model.tokenize("Hello world")
+...     shape = model.logits(ids).shape
+...     perplexity = edgeq.perplexity(model, "The device is on. " * 20, ctx=32)
+>>> answer, model.stats.finish, shape == (len(ids), 4096), 1 < perplexity < 100
+('Tokyo', 'stop', True, True)
+"""
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence

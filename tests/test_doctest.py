@@ -17,6 +17,7 @@ MODULES = [
 @pytest.mark.parametrize("name", MODULES)
 def test_examples(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     module = importlib.import_module(name)
+    (tmp_path / "examples").symlink_to(PACKAGE.parent / "examples")
     monkeypatch.chdir(tmp_path)
     result = doctest.testmod(module)
     assert not result.failed
