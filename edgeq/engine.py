@@ -254,7 +254,12 @@ class Model:
         return out
 
     def step(self, ids: Sequence[int]) -> NDArray[np.float32]:
-        """Append a few tokens; logits [n, vocab], overwritten by the next call."""
+        """Append up to FEW tokens; logits [n, vocab], overwritten by the next call.
+
+        Raises RequestError when there are more, an id is out of range or the context is full.
+        """
+        ids = token_ids(ids, self.arch.vocab_size)
+        whole("tokens of a step", len(ids), 1, FEW)
         return self._evaluate(ids, len(ids))
 
     def rewind(self, length: int) -> None:

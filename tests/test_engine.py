@@ -157,6 +157,9 @@ def test_nothing_is_written_past_the_cache(path: Path) -> None:
         for ids in ([5] * 17, [4096], [-1]):
             with pytest.raises(RequestError):
                 model.feed(ids)
+        for ids in ([4096], [-1], [5] * 8, []):
+            with pytest.raises(RequestError):
+                model.step(ids)
         model.feed([5] * 16)
         with pytest.raises(RequestError, match="17 tokens: the context holds 16"):
             model.feed([5])

@@ -42,7 +42,7 @@ def matvec(isa: ModuleType, fmt: BlockFormat) -> Any:
                 else:
                     n = smaller(COLUMNS, tokens - t)
                     several(row, x, xd, xs, cols, t, tokens, sums)
-                put(args, sums, r, t, n)
+                finish(args, sums, r, t, n, 1)
                 t += n
 
     return kernel
@@ -68,28 +68,6 @@ def _dots(isa: ModuleType, fmt: BlockFormat, columns: int) -> Any:
             e.store(total, out, 4 * k)
 
     return emitted(isa, emit, "i" * 8)
-
-
-def _putter() -> Any:
-    from numba import njit
-
-    @njit(nogil=True, error_model="numpy", forceinline=True)
-    def put(args, sums, row, token, tokens):
-        """Write the sums of one row to out."""
-        out, stride = load(args, OUT), load(args, STRIDE)
-        bias, add = load(args, BIAS), load(args, ADD)
-        for t in range(tokens):
-            value, slot = f32_at(sums, t), (token + t) * stride + row
-            if bias != 0:
-                value += f32_at(bias, row)
-            if add != 0:
-                value += f32_at(out, slot)
-            f32_set(out, slot, value)
-
-    return put
-
-
-put = _putter()
 
 
 def matmul(isa: ModuleType, fmt: BlockFormat) -> Any:
@@ -162,7 +140,7 @@ def _finisher() -> Any:
 
     @njit(nogil=True, error_model="numpy", forceinline=True)
     def finish(args, sums, first, token, tokens, lanes):
-        """Write a tile of sums to out."""
+        """Write sums [tokens][lanes] to out: rows from `first` on, tokens from `token` on."""
         rows, out, stride = load(args, ROWS), load(args, OUT), load(args, STRIDE)
         bias, add = load(args, BIAS), load(args, ADD)
         for t in range(tokens):
