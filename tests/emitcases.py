@@ -14,7 +14,8 @@ from edgeq.kernels import isa as isas
 from edgeq.kernels import layout
 from edgeq.kernels.dot import Column, Reader, row_dots
 from edgeq.kernels.llvm import F32, Emit, Value, vector
-from edgeq.kernels.tile import float_panel, float_tile, quant_panel, quant_tile
+from edgeq.kernels.panel import lanes_of, quant_panel
+from edgeq.kernels.tile import float_panel, float_tile, quant_tile
 
 
 @cache
@@ -96,8 +97,9 @@ def panel(isa: str, name: str, *, rows: int, cols: int, place: kit.Place = kit.a
     fmt, module = blocks.get(name), isas.modules()[isa]
     rng, lanes, columns = generator("panel", name, cols), module.WIDTH // 4, module.TILE_COLS
     w = place(kit.packed(fmt, rows, cols, rng))
-    arrays, x = inputs(fmt, floats(rng, columns, cols), columns, place)
     plain = fmt.value == "x"
+    held = None if plain else lanes_of(fmt, module)
+    arrays, x = inputs(fmt, floats(rng, columns, cols), columns, place, held)
     size = layout.panel_bytes(cols, fmt.group, lanes, plain)
     codes = size if plain else 4 * lanes * (cols // 4)
     sizes = [codes, (size - codes) // 2, (size - codes) // 2, 256 * lanes]

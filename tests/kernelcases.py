@@ -13,6 +13,7 @@ import numpy as np
 from edgeq import blocks
 from edgeq.kernels import isa as isas
 from edgeq.kernels import layout
+from edgeq.kernels.panel import Lanes, lanes_of
 from edgeq.kernels.program import arguments
 
 MARK = np.float32(-7.75)  # stands where a kernel must not write
@@ -61,15 +62,15 @@ def product(
     rng = generator(op, name, rows, cols, tokens)
     w = place(kit.packed(fmt, rows, cols, rng))
     columns = module.TILE_COLS if op == "matmul" else 1
-    given, x = inputs(fmt, floats(rng, tokens, cols), columns, place)
+    lanes = lanes_of(fmt, module) if op == "matmul" and fmt.value != "x" else None
+    given, x = inputs(fmt, floats(rng, tokens, cols), columns, place, lanes)
     stride = rows + 3
     before = np.full((tokens, stride), MARK)
     before[:, :rows] = floats(rng, tokens, rows)
     out, shift = place(before), floats(rng, rows)
     shift_at = place(shift)
-    lanes = module.WIDTH // 4
-    size = layout.panel_bytes(cols, fmt.group, lanes, fmt.value == "x")
-    scratch_bytes = layout.matmul_scratch(panels * size, lanes, module.TILE_COLS)
+    size = layout.panel_bytes(cols, fmt.group, module.WIDTH // 4, fmt.value == "x")
+    scratch_bytes = layout.matmul_scratch(panels * size, module.WIDTH // 4, module.TILE_COLS)
     scratch_bytes = layout.matvec_scratch(cols) if op == "matvec" else scratch_bytes
     scratch, words = place(np.zeros(threads * scratch_bytes, np.uint8)), state(tokens, 0, place)
     args = arguments(
@@ -99,9 +100,16 @@ def product(
 
 
 def inputs(
-    fmt: blocks.BlockFormat, x: np.ndarray, columns: int, place: kit.Place
+    fmt: blocks.BlockFormat,
+    x: np.ndarray,
+    columns: int,
+    place: kit.Place,
+    lanes: Lanes | None = None,
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """(arrays x, xd, xs for the kernel, float64 [tokens, cols] that they stand for)."""
+    """(arrays x, xd, xs for the kernel, float64 [tokens, cols] that they stand for).
+
+    lanes: of the panel that they are multiplied with; none for rows.
+    """
     if fmt.value == "x":
         spare = -len(x) % columns
         full = np.concatenate([x, np.full((spare, x.shape[1]), np.nan, np.float32)])
@@ -111,9 +119,15 @@ def inputs(
     arrays = {
         "x": kit.interleaved(codes.q, columns, 4),
         "xd": kit.interleaved(codes.d, columns),
-        "xs": kit.interleaved(codes.sums(fmt.group), columns),
+        "xs": kit.interleaved(_sums(codes, fmt, lanes), columns),
     }
     return {key: place(value) for key, value in arrays.items()}, codes.values
+
+
+def _sums(codes: kit.Codes, fmt: blocks.BlockFormat, lanes: Lanes | None) -> np.ndarray:
+    if lanes is None or lanes.minimum:
+        return codes.sums(fmt.group)
+    return codes.negative(lanes.sum_group)
 
 
 # -- activations -----------------------------------------------------------------------------------
@@ -186,9 +200,8 @@ def prepare(
     tiles = -(-tokens // columns)
     values = tiles * columns * cols
     q = place(np.full(values if quantized else 0, 99, np.int8))
-    d, sums32, sums16 = (
-        place(np.full(values // n if quantized else 0, MARK)) for n in (32, 32, 16)
-    )
+    d, *sums = (place(np.full(values // n if quantized else 0, MARK)) for n in (32, 16, 32))
+    ints = [place(np.full(len(s), 99, np.int32)) for s in sums]
     words = state(tokens, 0, place)
     args = arguments(
         layout.PREPARE,
@@ -202,13 +215,15 @@ def prepare(
         h=at(h),
         q=at(q) if quantized else 0,
         d=at(d),
-        sums16=at(sums16),
-        sums32=at(sums32),
+        sums16=at(sums[0]),
+        sums32=at(sums[1]),
+        ints16=at(ints[0]),
+        ints32=at(ints[1]),
     )
     kit.run(f"prepare/{columns}", isa, args, threads)
     np.testing.assert_allclose(h, expected[0], rtol=2e-6, atol=1e-30)
     if quantized:
-        _check_codes(h, columns, q, d, sums16, sums32)
+        _check_codes(h, columns, q, d, sums, ints)
 
 
 def _rows(x: np.ndarray, tokens: int, stride: int, cols: int) -> np.ndarray:
@@ -221,14 +236,16 @@ def _check_codes(
     columns: int,
     q: np.ndarray,
     d: np.ndarray,
-    sums16: np.ndarray,
-    sums32: np.ndarray,
+    sums: list[np.ndarray],
+    ints: list[np.ndarray],
 ) -> None:
     tokens, expected = len(h), kit.quantize(h)
     np.testing.assert_array_equal(kit.separated(q, columns, tokens, 4), expected.q)
     np.testing.assert_array_equal(kit.separated(d, columns, tokens), expected.d)
-    for sums, group in ((sums16, 16), (sums32, 32)):
-        got = kit.separated(sums, columns, tokens)
+    for real, whole, group in zip(sums, ints, (16, 32), strict=True):
+        negative = expected.negative(group)
+        np.testing.assert_array_equal(kit.separated(whole, columns, tokens), negative)
+        got = kit.separated(real, columns, tokens)
         limit = 2e-7 * np.repeat(expected.d, 32 // group, axis=1) * 127 * group
         assert (np.abs(got - expected.sums(group)) <= limit).all()
     spare = -tokens % columns  # columns without a token stay as they were

@@ -228,8 +228,11 @@ class Codes:
 
     def sums(self, group: int) -> np.ndarray:
         """f32 [tokens, cols / group]: scale times the sum of a group's codes."""
-        counts = self.q.astype(np.int32).reshape(len(self.q), -1, group).sum(-1)
-        return counts.astype(np.float32) * np.repeat(self.d, 32 // group, axis=1)
+        return -self.negative(group).astype(np.float32) * np.repeat(self.d, 32 // group, axis=1)
+
+    def negative(self, group: int) -> np.ndarray:
+        """i32 [tokens, cols / group]: minus the sum of a group's codes."""
+        return -self.q.astype(np.int32).reshape(len(self.q), -1, group).sum(-1, dtype=np.int32)
 
 
 def quantize(x: np.ndarray) -> Codes:
@@ -251,7 +254,7 @@ def interleaved(a: np.ndarray, columns: int, unit: int = 1) -> np.ndarray:
     """[tokens, n] → [tiles][n / unit][columns][unit]; columns without a token are poison."""
     tokens, n = a.shape
     tiles = -(-tokens // columns)
-    poison = 0x55 if a.dtype == np.int8 else np.nan
+    poison = np.nan if a.dtype == np.float32 else 0x55
     full = np.full((tiles * columns, n), poison, a.dtype)
     full[:tokens] = a
     return np.ascontiguousarray(full.reshape(tiles, columns, n // unit, unit).swapaxes(1, 2))

@@ -17,7 +17,8 @@ from edgeq.kernels import isa as isas
 from edgeq.kernels import rows
 from edgeq.kernels.dot import Column, Reader, row_dots
 from edgeq.kernels.llvm import F32, Emit, Value, vector
-from edgeq.kernels.tile import float_panel, float_tile, quant_panel, quant_tile
+from edgeq.kernels.panel import quant_panel
+from edgeq.kernels.tile import float_panel, float_tile, quant_tile
 
 CPUS = {"cortex-a53": "neon", "cortex-a72": "neon", "cortex-a76": "dotprod"}
 QUANTIZED = [name for name in kit.FORMATS if blocks.get(name).value != "x"]
@@ -130,9 +131,9 @@ def test_row_functions(cpu: str) -> None:
         rows.silu_gate(e, e.pointer(g), e.pointer(up), e.pointer(out), n)
 
     def quantize(e: Emit, x: Value, groups: Value, *out: Value) -> None:
-        rows.quantize_row(e, e.pointer(x), groups, *map(e.pointer, out), columns=8)
+        rows.quantize_row(e, e.pointer(x), groups, [*map(e.pointer, out)], columns=8)
 
-    for emit, arguments in ((softmax, "iii"), (gate, "iiii"), (quantize, "iiiiii")):
+    for emit, arguments in ((softmax, "iii"), (gate, "iiii"), (quantize, "iiiiiiii")):
         assert not mnemonics(assembly(emit, arguments, cpu)) & {"bl", "blr"}
 
 

@@ -26,8 +26,9 @@ def function(isa: str, name: str, arguments: str, result: bool = False) -> Calla
         pointers = [
             v if k == counts or v.type == F32 else e.pointer(v) for k, v in enumerate(values)
         ]
-        options = {"columns": 1} if name == "quantize_row" else {}
-        return getattr(rows, name)(e, *pointers, **options)
+        if name == "quantize_row":
+            return rows.quantize_row(e, *pointers[:2], pointers[2:], columns=1)
+        return getattr(rows, name)(e, *pointers)
 
     return kit.native(emit, arguments, isa, result=result)
 
@@ -159,7 +160,11 @@ def test_silu_gate(isa: str, rng: np.random.Generator) -> None:
 def quantize(isa: str, x: np.ndarray) -> tuple[np.ndarray, ...]:
     n = len(x)
     out = np.zeros(n, np.int8), *(np.zeros(n // k, np.float32) for k in (32, 16, 32))
-    function(isa, "quantize_row", "iiiiii")(x, n // 32, *out)
+    ints = [np.zeros(n // k, np.int32) for k in (16, 32)]
+    function(isa, "quantize_row", "iiiiiiii")(x, n // 32, *out, *ints)
+    if np.isfinite(x).all():
+        for counts, group in zip(ints, (16, 32), strict=True):
+            np.testing.assert_array_equal(counts, -out[0].reshape(-1, group).sum(1, dtype=np.int32))
     return out
 
 

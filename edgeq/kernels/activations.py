@@ -48,7 +48,7 @@ def gather(isa: ModuleType) -> Any:
 
 
 (
-    STATE, MODE, X, X_STRIDE, WEIGHT, EPS, COLS, H, Q, D, SUMS16, SUMS32,
+    STATE, MODE, X, X_STRIDE, WEIGHT, EPS, COLS, H, Q, D, SUMS16, SUMS32, INTS16, INTS32,
 ) = range(len(PREPARE))  # fmt: skip
 
 
@@ -63,13 +63,13 @@ def _row_functions(isa: ModuleType, columns: int) -> tuple[Any, ...]:
         silu_gate(e, e.pointer(g), e.pointer(up), e.pointer(out), n)
 
     def quantize(e: Emit, x: Value, groups: Value, *out: Value) -> None:
-        quantize_row(e, e.pointer(x), groups, *(e.pointer(p) for p in out), columns=columns)
+        quantize_row(e, e.pointer(x), groups, [e.pointer(p) for p in out], columns=columns)
 
     return (
         emitted(isa, squares, "ii", result=True),
         emitted(isa, norm, "iifii"),
         emitted(isa, gate, "iiii"),
-        emitted(isa, quantize, "iiiiii"),
+        emitted(isa, quantize, "iiiiiiii"),
     )
 
 
@@ -107,13 +107,16 @@ def prepare(isa: ModuleType, columns: int) -> Any:
             if q != 0:
                 tile, column = t // columns, t % columns
                 g = tile * (cols // 32) * columns
+                one, two = g + low * columns + column, 2 * g + 2 * low * columns + column
                 quantize(
                     row,
                     high - low,
                     q + (g * 32 + low * 32 * columns + column * 4),
-                    load(args, D) + (g + low * columns + column) * 4,
-                    load(args, SUMS16) + (2 * g + 2 * low * columns + column) * 4,
-                    load(args, SUMS32) + (g + low * columns + column) * 4,
+                    load(args, D) + one * 4,
+                    load(args, SUMS16) + two * 4,
+                    load(args, SUMS32) + one * 4,
+                    load(args, INTS16) + two * 4,
+                    load(args, INTS32) + one * 4,
                 )
 
     return kernel

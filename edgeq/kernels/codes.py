@@ -16,7 +16,16 @@ from edgeq.blocks import BlockFormat, Field, Run
 from edgeq.errors import KernelError
 from edgeq.kernels.llvm import F16, F32, I1, I8, I16, I32, I64, Emit, Value, vector
 
-__all__ = ["Coding", "codes", "coding", "plain", "scale_and_minimum", "scales"]
+__all__ = [
+    "Coding",
+    "block_scales",
+    "codes",
+    "coding",
+    "integers",
+    "plain",
+    "scale_and_minimum",
+    "scales",
+]
 
 
 @dataclass(frozen=True)
@@ -161,21 +170,28 @@ def scales(e: Emit, c: Coding, step: Value) -> tuple[Value, Value | None]:
 def scale_and_minimum(e: Emit, c: Coding, step: Value) -> tuple[Value, Value | None]:
     """(A, m) of w = A·(u + offset) + m: f32[groups] each; m is None where it is zero."""
     fields = c.fmt.fields
-    d = _scalars(e, c, fields["d"], step)
-    a = d if "sc" not in fields else e.mul(d, _sub(e, c, fields["sc"], step))
+    d = _scalars(e, c, "d", step)
+    a = d if "sc" not in fields else e.mul(d, e.floats(integers(e, c, "sc", step)))
     if "m" not in fields:
         return a, None
     if "dmin" not in fields:
-        return a, _scalars(e, c, fields["m"], step)
-    size = e.mul(_scalars(e, c, fields["dmin"], step), _sub(e, c, fields["m"], step))
+        return a, _scalars(e, c, "m", step)
+    sub = e.floats(integers(e, c, "m", step))
+    size = e.mul(_scalars(e, c, "dmin", step), sub)
     return a, e.b.fneg(size)
 
 
-def _scalars(e: Emit, c: Coding, field: Field, step: Value) -> Value:
-    """f32[groups] of an f16 that each block has once."""
+def block_scales(e: Emit, c: Coding, name: str, step: Value) -> Value:
+    """f32[blocks] of an f16 that each block has once."""
+    field = c.fmt.fields[name]
     if field.type != "f16":
         raise KernelError(f"{c.fmt.name}: a scale of type {field.type}: expected f16")
-    wide = e.isa.from_f16(e, _halves(e, c, field.at, step))
+    return e.isa.from_f16(e, _halves(e, c, field.at, step))
+
+
+def _scalars(e: Emit, c: Coding, name: str, step: Value) -> Value:
+    """The same for each group."""
+    wide = block_scales(e, c, name, step)
     if c.blocks == 1:
         return e.splat(e.lane(wide, 0), c.groups)  # converted once, then spread
     each = c.groups // c.blocks
@@ -197,8 +213,9 @@ def _halves(e: Emit, c: Coding, at: int, step: Value) -> Value:
     return e.b.bitcast(e.gather(words), vector(F16, len(places)))
 
 
-def _sub(e: Emit, c: Coding, field: Field, step: Value) -> Value:
-    """f32[groups] of the integer sub-scales (or sub-minimums) of one block."""
+def integers(e: Emit, c: Coding, name: str, step: Value) -> Value:
+    """i32[groups] of the integer sub-scales (or sub-minimums) `name` of one block."""
+    field = c.fmt.fields[name]
     if field.pack == "k4":
         small = _k4(e, field, step)
     elif field.type:
@@ -206,9 +223,7 @@ def _sub(e: Emit, c: Coding, field: Field, step: Value) -> Value:
     else:
         small = _runs(e, field.runs, step, 0, c.groups)
     wide = e.widen(small, I32, signed=field.type == "i8")
-    if field.bias:
-        wide = e.b.add(wide, e.fill(I32, c.groups, field.bias))
-    return e.floats(wide)
+    return e.b.add(wide, e.fill(I32, c.groups, field.bias)) if field.bias else wide
 
 
 def _k4(e: Emit, field: Field, step: Value) -> Value:

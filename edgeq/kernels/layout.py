@@ -32,8 +32,8 @@ EMBED = ("state", "ids", "w", "row_bytes", "cols", "out")
 GATHER = ("state", "out_state", "x", "out", "cols")
 
 # mode 0: h is there; 1: h = rms norm of x by weight; 2: h = silu(x) * weight. Then, if q != 0, h is
-# quantized. h f32[tokens][cols]; q, d, sums16, sums32 as rows.quantize_row leaves them; x_stride
-# also for weight in mode 2
+# quantized. h f32[tokens][cols]; q, d, sums, ints as rows.quantize_row leaves them; x_stride also
+# for weight in mode 2
 PREPARE = (
     "state",
     "mode",
@@ -47,9 +47,12 @@ PREPARE = (
     "d",
     "sums16",
     "sums32",
+    "ints16",
+    "ints32",
 )
 
-# x, xd, xs: activations as rows.quantize_row leaves them (float formats: x f32[token][cols]);
+# x, xd, xs: activations as rows.quantize_row leaves them (float formats: x f32[token][cols]), and
+# which of their sums: f32 ones per group for rows, for panels those that panel.Lanes names;
 # bias: 0 or address of f32[rows]; add: 1 to add to out; group: panels unpacked at a time; ahead:
 # bytes of a row that are asked for in advance; chunk: rows that threads take in turns, 0: each its
 # share in one piece

@@ -8,8 +8,9 @@ from edgeq.kernels.codes import plain
 from edgeq.kernels.dot import Column, Reader, row_dots
 from edgeq.kernels.layout import COLUMNS, MATMUL, ROWS_AT_ONCE, SPARE
 from edgeq.kernels.llvm import F32, Emit, Value, vector
+from edgeq.kernels.panel import lanes_of, quant_panel, rows_of
 from edgeq.kernels.rows import each
-from edgeq.kernels.tile import float_panel, float_tile, quant_panel, quant_tile, rows_of
+from edgeq.kernels.tile import float_panel, float_tile, quant_tile
 from edgeq.kernels.words import emitted, load, smaller
 
 __all__ = ["matmul", "matvec"]
@@ -140,6 +141,7 @@ def matmul(isa: ModuleType, fmt: BlockFormat) -> Any:
     unpack, multiply = _float_parts(isa, fmt) if plain(fmt) else _quant_parts(isa, fmt)
     lanes, columns = isa.WIDTH // 4, isa.TILE_COLS
     per_word, per_scale, x_bytes = (1, 0, 4) if plain(fmt) else (4, fmt.group, 1)
+    per_sum = 0 if plain(fmt) else lanes_of(fmt, isa).sum_group
 
     def kernel(args, thread, threads):
         tokens = load(load(args, STATE), 0)
@@ -171,8 +173,8 @@ def matmul(isa: ModuleType, fmt: BlockFormat) -> Any:
                 )
             for t in range((tokens + columns - 1) // columns):
                 d, s = xd + t * (cols // 32 * 4 * columns), xs
-                if per_scale:
-                    s = xs + t * (cols // per_scale * 4 * columns)
+                if per_sum:
+                    s = xs + t * (cols // per_sum * 4 * columns)
                 for p in range(first, end):
                     at = base + (p - first) * size
                     multiply(

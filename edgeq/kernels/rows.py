@@ -3,7 +3,7 @@ activations.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from edgeq.blocks import BlockFormat
 from edgeq.kernels.codes import Coding, codes, coding, plain, scales
@@ -183,37 +183,28 @@ def softmax_row(e: Emit, s: Value, valid: Value, stats: Value) -> None:
     e.store(factor, stats, 8)
 
 
-def quantize_row(
-    e: Emit,
-    x: Value,
-    groups: Value,
-    q: Value,
-    d: Value,
-    sums16: Value,
-    sums32: Value,
-    *,
-    columns: int,
-) -> None:
-    """f32[32·groups] → int8 with one scale per 32 (largest magnitude / 127, round half to even),
-    and sums · scale.
+def quantize_row(e: Emit, x: Value, groups: Value, out: Sequence[Value], *, columns: int) -> None:
+    """f32[32·groups] → int8 with one scale per 32 (largest magnitude / 127, round half to even).
 
-    q, d, sums16 and sums32 are interleaved for tiles of `columns` columns: q words of four
-    [cols/4][columns], d [cols/32][columns], sums16 [cols/16][columns], sums32 [cols/32][columns];
-    the pointers stand at this row's column.
+    out: pointers (q, d, sums16, sums32, ints16, ints32), interleaved for tiles of `columns` columns
+    and standing at this row's column: q words of four [cols/4][columns]; d f32 [cols/32][columns];
+    sums of 16 and of 32 codes [cols/16 or cols/32][columns], as f32 times their scale and as i32
+    with the sign turned.
     """
+    q, d, *sums = out
 
     def group(i: Value, _: list[Value]) -> list[Value]:
-        parts = [
-            e.load(vector(F32, 16), x, e.b.add(e.b.mul(i, e.i64(128)), e.i64(64 * k)))
-            for k in (0, 1)
-        ]
-        codes, scale = _quantize32(e, parts)
+        start = e.at(x, e.b.mul(i, e.i64(128)))
+        codes, scale = _quantize32(e, [e.load(vector(F32, 16), start, 64 * k) for k in (0, 1)])
         _store_words(e, codes, e.at(q, e.b.mul(i, e.i64(32 * columns))), columns)
-        half = [e.mul(_byte_sum(e, v), scale) for v in codes]
-        e.store(scale, d, e.b.mul(i, e.i64(4 * columns)))
-        for k, v in enumerate(half):
-            e.store(v, e.at(sums16, e.b.mul(i, e.i64(8 * columns))), 4 * columns * k)
-        e.store(e.add(*half), sums32, e.b.mul(i, e.i64(4 * columns)))
+        e.store(scale, e.at(d, e.b.mul(i, e.i64(4 * columns))))
+        halves = [_sum_of(e, v) for v in codes]
+        parts = [halves, [e.b.add(*halves)]] * 2
+        for k, (place, totals) in enumerate(zip(sums, parts, strict=True)):
+            for n, total in enumerate(totals):
+                value = e.b.neg(total) if k > 1 else e.mul(e.b.sitofp(total, F32), scale)
+                at = e.b.mul(i, e.i64(4 * columns * len(totals)))
+                e.store(value, e.at(place, at), 4 * columns * n)
         return []
 
     e.loop(groups, [], group)
@@ -236,11 +227,12 @@ def _quantize32(e: Emit, parts: list[Value]) -> tuple[list[Value], Value]:
     return [e.b.sub(w, base) for w in words], scale
 
 
-def _byte_sum(e: Emit, v: Value) -> Value:
+def _sum_of(e: Emit, v: Value) -> Value:
+    """i32 sum of lanes."""
     while v.type.count > 1:
         half = v.type.count // 2
         v = e.b.add(e.pick(v, range(half)), e.pick(v, range(half, 2 * half)))
-    return e.b.sitofp(e.lane(v, 0), F32)
+    return e.lane(v, 0)
 
 
 def _store_words(e: Emit, codes: list[Value], q: Value, columns: int) -> None:

@@ -1,119 +1,19 @@
-"""Panel kernels for many columns: unpack a panel of rows once, multiply it with every column,
-discard it.
+"""Register tiles: a panel of rows times a few columns, with all sums in registers.
 
-A panel holds R rows, one per 32-bit lane of a vector: codes [cols/4][R] words of four, A and B f32
-[cols/group][R]. A register tile multiplies it with TILE_COLS columns, whose activations lie
-[cols/4][TILE_COLS] words of four.
+A tile has R rows (see panel.py) and TILE_COLS columns, whose activations lie [cols/4][TILE_COLS]
+words of four.
 """
 
 from collections.abc import Callable
 
+from llvmlite import ir
+
 from edgeq.blocks import BlockFormat
-from edgeq.kernels.codes import Coding, codes, coding, scales
 from edgeq.kernels.dot import floats_at
 from edgeq.kernels.llvm import F32, I8, I32, Emit, Value, vector
+from edgeq.kernels.panel import Lanes, lanes_of, row_at, rows_of
 
-__all__ = ["float_panel", "float_tile", "quant_panel", "quant_tile"]
-
-
-def rows_of(e: Emit) -> int:
-    """Rows of a panel: the 32-bit lanes of a vector."""
-    return e.isa.WIDTH // 4
-
-
-def _row(e: Emit, w: Value, stride: Value, row: Value, rows: Value) -> Value:
-    """Pointer to a row; past the last one, to the last one again."""
-    last = e.b.sub(rows, e.i64(1))
-    index = e.b.select(e.b.icmp_unsigned("<", row, rows), row, last)
-    return e.at(w, e.b.mul(index, stride))
-
-
-# -- quantized formats -----------------------------------------------------------------------------
-def quant_panel(
-    e: Emit,
-    fmt: BlockFormat,
-    w: Value,
-    stride: Value,
-    rows: Value,
-    cols: Value,
-    panel: Value,
-    a: Value,
-    b: Value,
-    buf: Value,
-) -> None:
-    """Unpack min(rows, R) rows at w into panel, a, b; buf is R·256 bytes of scratch."""
-    main = coding(fmt, e.isa)
-    steps = e.b.udiv(cols, e.i64(main.weights))
-    zero = e.i64(0)
-    _unpack_steps(e, main, w, stride, rows, zero, zero, steps, (panel, a, b, buf))
-    if fmt.block != main.weights:
-        tail = coding(fmt, e.isa, tail=True)
-        done = e.b.mul(steps, e.i64(main.weights))
-        left = e.b.udiv(e.b.sub(cols, done), e.i64(fmt.block))
-        skip = e.b.mul(steps, e.i64(main.bytes))
-        _unpack_steps(e, tail, w, stride, rows, skip, done, left, (panel, a, b, buf))
-
-
-def _unpack_steps(
-    e: Emit,
-    c: Coding,
-    w: Value,
-    stride: Value,
-    rows: Value,
-    skip: Value,
-    first: Value,
-    count: Value,
-    out: tuple[Value, ...],
-) -> None:
-    """`count` steps that start `skip` bytes into each row, at column `first`."""
-    lanes, (panel, a, b, buf) = rows_of(e), out
-
-    def step(s: Value, _: list[Value]) -> list[Value]:
-        column = e.b.add(first, e.b.mul(s, e.i64(c.weights)))
-        group = e.b.mul(e.b.udiv(column, e.i64(c.fmt.group)), e.i64(4 * lanes))
-        offset = e.b.add(skip, e.b.mul(s, e.i64(c.bytes)))
-
-        def row(r: Value, _: list[Value]) -> list[Value]:
-            source = e.at(_row(e, w, stride, r, rows), offset)
-            _decode_row(e, c, source, e.at(buf, e.b.mul(r, e.i64(c.weights))))
-            where = e.b.add(group, e.b.mul(r, e.i64(4)))
-            av, bv = scales(e, c, source)
-            for g in range(c.groups):
-                e.store(e.lane(av, g), e.at(a, where), 4 * lanes * g)
-                if bv is not None:
-                    e.store(e.lane(bv, g), e.at(b, where), 4 * lanes * g)
-            return []
-
-        e.loop(lanes, [], row)
-        target = e.at(panel, e.b.mul(column, e.i64(lanes)))
-        _transpose_words(e, buf, c.weights, target)
-        return []
-
-    e.loop(count, [], step)
-
-
-def _decode_row(e: Emit, c: Coding, source: Value, buf: Value) -> None:
-    width = min(e.isa.WIDTH, c.weights)
-    for k in range(0, c.weights, width):
-        e.store(codes(e, c, source, k, width), buf, k)
-
-
-def _transpose_words(e: Emit, buf: Value, weights: int, panel: Value) -> None:
-    """buf i32[R][weights/4] → panel i32[weights/4][R]."""
-    lanes = rows_of(e)
-    square = min(lanes, weights // 4)  # a tail of 32 weights has 8 words per row
-    word = vector(I32, square)
-
-    def unit(u: Value, _: list[Value]) -> list[Value]:
-        column = e.at(buf, e.b.mul(u, e.i64(4 * square)))
-        for first in range(0, lanes, square):
-            rows = [e.load(word, column, (first + r) * weights) for r in range(square)]
-            for k, v in enumerate(e.transpose(rows)):
-                offset = e.b.mul(u, e.i64(4 * square * lanes))
-                e.store(v, e.at(panel, offset), 4 * (k * lanes + first))
-        return []
-
-    e.loop(weights // 4 // square, [], unit)
+__all__ = ["float_panel", "float_tile", "quant_tile"]
 
 
 def quant_tile(
@@ -128,42 +28,106 @@ def quant_tile(
     cols: Value,
     out: Value,
 ) -> None:
-    """out f32[TILE_COLS][R] = panel times one tile of columns."""
-    c, lanes, n = coding(fmt, e.isa), rows_of(e), e.isa.TILE_COLS
-    per = 32 // fmt.group  # groups per activation scale
+    """out f32[TILE_COLS][R] = panel times one tile of columns; xs: the sums that lanes_of names."""
+    tile = _Tile(e, lanes_of(fmt, e.isa), panel, a, b, x, xd, xs)
+    zeros = [e.fill(F32, tile.rows, 0.0)] * tile.columns
+    if tile.lanes.span == 32:
+        sums = e.loop(e.b.udiv(cols, e.i64(32)), zeros, tile.step)
+    else:
+        sums = e.loop(e.b.udiv(cols, e.i64(tile.lanes.span)), zeros, tile.block)
+    for t, total in enumerate(sums):
+        e.store(total, out, 4 * tile.rows * t)
 
-    def step(i: Value, sums: list[Value]) -> list[Value]:
-        dots_at = e.at(panel, e.b.mul(i, e.i64(32 * lanes))), e.at(x, e.b.mul(i, e.i64(32 * n)))
-        d = e.at(xd, e.b.mul(i, e.i64(4 * n)))
-        for g in range(per):
-            parts = _tile_dots(e, c, *dots_at, g * fmt.group)
-            group = e.b.mul(i, e.i64(per * 4 * lanes))
-            av = e.load(vector(F32, lanes), e.at(a, group), 4 * lanes * g)
-            for t in range(n):
-                scale = e.mul(av, e.splat(e.load(F32, d, 4 * t), lanes))
-                sums[t] = e.fma(e.floats(parts[t]), scale, sums[t])
-            if c.has_minimum:
-                bv = e.load(vector(F32, lanes), e.at(b, group), 4 * lanes * g)
-                s = e.at(xs, e.b.mul(i, e.i64(per * 4 * n)))
-                for t in range(n):
-                    sums[t] = e.fma(bv, e.splat(e.load(F32, s, 4 * (n * g + t)), lanes), sums[t])
+
+class _Tile:
+    """Emits the steps of a tile; see quant_tile for its pointers."""
+
+    def __init__(self, e: Emit, lanes: Lanes, *pointers: Value) -> None:
+        self.e, self.lanes = e, lanes
+        self.rows, self.columns = rows_of(e), int(e.isa.TILE_COLS)
+        self.panel, self.a, self.b, self.x, self.xd, self.xs = pointers
+
+    def step(self, i: Value, sums: list[Value]) -> list[Value]:
+        """32 weights that share a scale."""
+        e = self.e
+        scale = self._vector(F32, self.a, i)
+        for t, dot in enumerate(self._integers(i)):
+            factor = e.mul(scale, self._spread(F32, self.xd, i, t))
+            sums[t] = e.fma(e.floats(dot), factor, sums[t])
+        return self._minimums(i, sums)
+
+    def block(self, n: Value, sums: list[Value]) -> list[Value]:
+        """A block of several steps that share a scale, which is applied at its end."""
+        e, steps, columns = self.e, self.lanes.span // 32, self.columns
+
+        def inner(k: Value, carried: list[Value]) -> list[Value]:
+            i = e.b.add(e.b.mul(n, e.i64(steps)), k)
+            parts = [
+                e.fma(e.floats(dot), self._spread(F32, self.xd, i, t), carried[t])
+                for t, dot in enumerate(self._integers(i))
+            ]
+            return parts + self._minimums(i, carried[columns:])
+
+        zeros = [e.fill(F32, self.rows, 0.0)] * columns
+        carried = e.loop(steps, zeros + sums, inner)
+        scale = self._vector(F32, self.a, n)
+        return [
+            e.fma(part, scale, total)
+            for part, total in zip(carried[:columns], carried[columns:], strict=True)
+        ]
+
+    def _minimums(self, i: Value, sums: list[Value]) -> list[Value]:
+        per = 32 // self.lanes.coding.fmt.group
+        for g in range(per if self.lanes.minimum else 0):
+            least = self._vector(F32, self.b, i, per, g)
+            sums = [
+                self.e.fma(least, self._spread(F32, self.xs, i, t, per, g), total)
+                for t, total in enumerate(sums)
+            ]
         return sums
 
-    sums = e.loop(e.b.udiv(cols, e.i64(32)), [e.fill(F32, lanes, 0.0)] * n, step)
-    for t in range(n):
-        e.store(sums[t], out, 4 * lanes * t)
+    def _integers(self, i: Value) -> list[Value]:
+        """i32[R] per column: sums over 32 weights, with their sub-scales."""
+        if not self.lanes.nested:
+            return self._dots(i, 1, 0)
+        parts = []
+        for g in range(2):
+            factor = self._vector(I32, self.b, i, 2, g)
+            parts.append([self.e.b.mul(dot, factor) for dot in self._dots(i, 2, g)])
+        return [self.e.b.add(low, high) for low, high in zip(*parts, strict=True)]
 
+    def _dots(self, i: Value, per: int, g: int) -> list[Value]:
+        """i32[R] per column: dot products over part g of `per` of the step."""
+        e, n, rows = self.e, self.columns, self.rows
+        acc = [self._start(i, t, per, g) for t in range(n)]
+        panel = e.at(self.panel, e.b.mul(i, e.i64(32 * rows)))
+        x = e.at(self.x, e.b.mul(i, e.i64(32 * n)))
+        for k in range(8 * g // per, 8 * (g + 1) // per):
+            w = e.load(vector(I8, 4 * rows), panel, 4 * rows * k)
+            for t in range(n):
+                word = e.splat(e.load(I32, x, 4 * (n * k + t)), rows)
+                acc[t] = e.isa.dot(e, acc[t], w, e.b.bitcast(word, w.type), self.lanes.signed)
+        return acc
 
-def _tile_dots(e: Emit, c: Coding, panel: Value, x: Value, first: int) -> list[Value]:
-    """i32[R] per column: dot products over one group, `first` weights into the step of 32."""
-    lanes, n = rows_of(e), e.isa.TILE_COLS
-    acc = [e.fill(I32, lanes, 0)] * n
-    for k in range(first // 4, (first + c.fmt.group) // 4):
-        w = e.load(vector(I8, 4 * lanes), panel, 4 * lanes * k)
-        for t in range(n):
-            word = e.splat(e.load(I32, x, 4 * (n * k + t)), lanes)
-            acc[t] = e.isa.dot(e, acc[t], w, e.b.bitcast(word, w.type), c.signed)
-    return acc
+    def _start(self, i: Value, t: int, per: int, g: int) -> Value:
+        """What makes up for codes that are shifted up: -2^shift times the sum of activations."""
+        if not self.lanes.shift:
+            return self.e.fill(I32, self.rows, 0)
+        negative = self._spread(I32, self.xs, i, t, per, g)
+        return self.e.b.shl(negative, self.e.fill(I32, self.rows, self.lanes.shift))
+
+    def _vector(self, kind: ir.Type, base: Value, i: Value, per: int = 1, g: int = 0) -> Value:
+        """One value per row: entry g of the `per` entries of step i."""
+        e, size = self.e, 4 * self.rows
+        return e.load(vector(kind, self.rows), e.at(base, e.b.mul(i, e.i64(per * size))), size * g)
+
+    def _spread(
+        self, kind: ir.Type, base: Value, i: Value, t: int, per: int = 1, g: int = 0
+    ) -> Value:
+        """Column t's value, in all lanes."""
+        e, n = self.e, self.columns
+        source = e.at(base, e.b.mul(i, e.i64(per * 4 * n)))
+        return e.splat(e.load(kind, source, 4 * (n * g + t)), self.rows)
 
 
 # -- float formats ---------------------------------------------------------------------------------
@@ -175,7 +139,7 @@ def float_panel(
 
     def square(u: Value, _: list[Value]) -> list[Value]:
         first = e.b.mul(u, e.i64(lanes))
-        source = [_row(e, w, stride, e.i64(r), rows) for r in range(lanes)]
+        source = [row_at(e, w, stride, e.i64(r), rows) for r in range(lanes)]
         at = e.b.mul(first, e.i64(fmt.bytes))
         vs = e.transpose([floats_at(e, fmt, e.at(s, at), lanes) for s in source])
         for k, v in enumerate(vs):
@@ -186,7 +150,7 @@ def float_panel(
         k = e.b.add(e.b.sub(cols, e.b.urem(cols, e.i64(lanes))), i)
 
         def row(r: Value, _: list[Value]) -> list[Value]:
-            source = _row(e, w, stride, r, rows)
+            source = row_at(e, w, stride, r, rows)
             v = floats_at(e, fmt, e.at(source, e.b.mul(k, e.i64(fmt.bytes))), 1)
             slot = e.b.add(e.b.mul(k, e.i64(lanes)), r)
             e.store(v, e.at(panel, e.b.mul(slot, e.i64(4))))

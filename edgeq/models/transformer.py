@@ -15,6 +15,7 @@ import numpy as np
 
 from edgeq.cache import KvCache
 from edgeq.kernels import layout
+from edgeq.kernels.panel import lanes_of
 from edgeq.kernels.program import Op, aligned, arguments
 from edgeq.models.arch import Arch
 from edgeq.models.weights import Layer, Matrix, Weights
@@ -71,6 +72,8 @@ class Transformer:
             "d": rows * widest // 32,
             "sums16": rows * widest // 16,
             "sums32": rows * widest // 32,
+            "ints16": rows * widest // 16,
+            "ints32": rows * widest // 32,
             "last": outputs * a.embedding_length,
         }
         for name, count in floats.items():
@@ -184,8 +187,7 @@ class Transformer:
             h=self._at("h"),
             q=self._at("codes") if quantized else 0,
             d=self._at("d"),
-            sums16=self._at("sums16"),
-            sums32=self._at("sums32"),
+            **{name: self._at(name) for name in ("sums16", "sums32", "ints16", "ints32")},
         )
         return Op(f"prepare/{self.isa.TILE_COLS if many else 1}", args)
 
@@ -210,7 +212,7 @@ class Transformer:
             row_bytes=m.row_bytes,
             x=self._at("h" if plain else "codes"),
             xd=self._at("d"),
-            xs=self._at("sums16" if m.format.group == 16 else "sums32"),
+            xs=self._at(self._sums(m, many)),
             out=out,
             stride=stride,
             bias=0 if m.bias is None else _address(m.bias),
@@ -222,6 +224,12 @@ class Transformer:
             chunk=0,
         )
         return Op(f"{'matmul' if many else 'matvec'}/{m.format.name}", args, barrier)
+
+    def _sums(self, m: Matrix, many: bool) -> str:
+        """Which sums of activations a product with `m` reads."""
+        if many and m.format.value != "x":
+            return lanes_of(m.format, self.isa).sums
+        return "sums16" if m.format.group == 16 else "sums32"
 
     def _heads(self, index: int) -> dict[str, int]:
         """What rope and attention share: counts and one layer's caches."""

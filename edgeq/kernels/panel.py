@@ -1,0 +1,208 @@
+"""Panels of rows, unpacked once to be multiplied with every column and then discarded.
+
+A panel holds R rows, one per 32-bit lane of a vector: codes as words of four [cols/4][R], scales
+f32 [cols/span][R], and either minimums f32 [cols/group][R] or sub-scales i32 [cols/group][R].
+"""
+
+from dataclasses import dataclass
+from types import ModuleType
+
+from edgeq.blocks import BlockFormat
+from edgeq.kernels.codes import Coding, block_scales, codes, coding, integers, scale_and_minimum
+from edgeq.kernels.llvm import I8, I32, Emit, Value, vector
+
+__all__ = ["Lanes", "lanes_of", "quant_panel", "row_at", "rows_of"]
+
+
+@dataclass(frozen=True)
+class Lanes:
+    """What a panel's lanes stand for: w = scale · [sub-scale ·] (code - 2^shift) [+ minimum].
+
+    Sub-scales for 16 weights would double the arithmetic on sums of 32. Where code times sub-scale
+    fits eight bits they are folded into the codes; else they are kept as integers, and two sums of
+    16 become one of 32 before anything is a float.
+    """
+
+    coding: Coding
+    folded: int  # 1 or -1: codes are multiplied with the sub-scale, or with its negative
+    signed: bool
+    shift: int  # 0: codes are what they stand for
+
+    @property
+    def nested(self) -> bool:
+        """Whether sub-scales are kept apart."""
+        fmt = self.coding.fmt
+        return fmt.group == 16 and not self.folded
+
+    @property
+    def span(self) -> int:
+        """Weights that share a scale."""
+        fmt = self.coding.fmt
+        return fmt.block if fmt.group == 16 else fmt.group
+
+    @property
+    def minimum(self) -> bool:
+        return "m" in self.coding.fmt.fields
+
+    @property
+    def sums(self) -> str:
+        """Which sums of activations a tile reads (see layout.PREPARE)."""
+        return f"{'sums' if self.minimum else 'ints'}{self.sum_group}"
+
+    @property
+    def sum_group(self) -> int:
+        """Codes per sum of activations."""
+        return 16 if self.nested or (self.minimum and self.coding.fmt.group == 16) else 32
+
+
+def lanes_of(fmt: BlockFormat, isa: ModuleType, *, tail: bool = False) -> Lanes:
+    """How `fmt` is laid out in panels of an instruction set."""
+    c = coding(fmt, isa, tail=tail)
+    if fmt.group == 32:
+        return Lanes(c, 0, c.signed, _log2(-c.offset))
+    products = _products(fmt)
+    if min(products) >= 0 and max(products) < 128:
+        return Lanes(c, 1, False, 0)
+    for sign in (1, -1):
+        if all(-128 <= sign * p < 128 for p in products):
+            return Lanes(c, sign, not isa.OFFSET, _log2(isa.OFFSET))
+    return Lanes(c, 0, c.signed, _log2(-c.offset))
+
+
+def _products(fmt: BlockFormat) -> list[int]:
+    """Extremes of code times sub-scale."""
+    return [q * sc for q in fmt.limits("q") for sc in fmt.limits("sc")]
+
+
+def _log2(value: int) -> int:
+    """Exponent of a power of two; 0 for 0."""
+    assert value & (value - 1) == 0 <= value != 1
+    return max(value.bit_length() - 1, 0)
+
+
+def rows_of(e: Emit) -> int:
+    """Rows of a panel: the 32-bit lanes of a vector."""
+    return int(e.isa.WIDTH) // 4
+
+
+def row_at(e: Emit, w: Value, stride: Value, row: Value, rows: Value) -> Value:
+    """Pointer to a row; past the last one, to the last one again."""
+    last = e.b.sub(rows, e.i64(1))
+    index = e.b.select(e.b.icmp_unsigned("<", row, rows), row, last)
+    return e.at(w, e.b.mul(index, stride))
+
+
+def quant_panel(
+    e: Emit,
+    fmt: BlockFormat,
+    w: Value,
+    stride: Value,
+    rows: Value,
+    cols: Value,
+    panel: Value,
+    a: Value,
+    b: Value,
+    buf: Value,
+) -> None:
+    """Unpack min(rows, R) rows at w into panel, a, b; buf is R·256 bytes of scratch."""
+    main = lanes_of(fmt, e.isa)
+    steps = e.b.udiv(cols, e.i64(main.coding.weights))
+    zero = e.i64(0)
+    _unpack_steps(e, main, w, stride, rows, zero, zero, steps, (panel, a, b, buf))
+    if fmt.block != main.coding.weights:
+        tail = lanes_of(fmt, e.isa, tail=True)
+        done = e.b.mul(steps, e.i64(main.coding.weights))
+        left = e.b.udiv(e.b.sub(cols, done), e.i64(fmt.block))
+        skip = e.b.mul(steps, e.i64(main.coding.bytes))
+        _unpack_steps(e, tail, w, stride, rows, skip, done, left, (panel, a, b, buf))
+
+
+def _unpack_steps(
+    e: Emit,
+    p: Lanes,
+    w: Value,
+    stride: Value,
+    rows: Value,
+    skip: Value,
+    first: Value,
+    count: Value,
+    out: tuple[Value, ...],
+) -> None:
+    """`count` steps that start `skip` bytes into each row, at column `first`."""
+    c, lanes, (panel, a, b, buf) = p.coding, rows_of(e), out
+    group = c.fmt.group
+
+    def step(s: Value, _: list[Value]) -> list[Value]:
+        column = e.b.add(first, e.b.mul(s, e.i64(c.weights)))
+        places = [e.at(k, _scale_place(e, column, n, lanes)) for k, n in ((a, p.span), (b, group))]
+        offset = e.b.add(skip, e.b.mul(s, e.i64(c.bytes)))
+
+        def row(r: Value, _: list[Value]) -> list[Value]:
+            source = e.at(row_at(e, w, stride, r, rows), offset)
+            _decode_row(e, p, source, e.at(buf, e.b.mul(r, e.i64(c.weights))))
+            where = e.b.mul(r, e.i64(4))
+            for values, place in zip(_scales(e, p, source), places, strict=True):
+                for k in range(values.type.count if values is not None else 0):
+                    e.store(e.lane(values, k), e.at(place, where), 4 * lanes * k)
+            return []
+
+        e.loop(lanes, [], row)
+        target = e.at(panel, e.b.mul(column, e.i64(lanes)))
+        _transpose_words(e, buf, c.weights, target)
+        return []
+
+    e.loop(count, [], step)
+
+
+def _scale_place(e: Emit, column: Value, span: int, lanes: int) -> Value:
+    """Byte offset of the scales for a column."""
+    return e.b.mul(e.b.udiv(column, e.i64(span)), e.i64(4 * lanes))
+
+
+def _scales(e: Emit, p: Lanes, source: Value) -> tuple[Value, Value | None]:
+    """(scales f32, minimums f32 or sub-scales i32 or None) of one step of a row."""
+    c = p.coding
+    scale, minimum = scale_and_minimum(e, c, source)
+    if c.fmt.group == 32:
+        return scale, minimum
+    d = block_scales(e, c, "d", source)
+    if p.folded:
+        return (e.b.fneg(d) if p.folded < 0 else d), minimum
+    return d, integers(e, c, "sc", source)
+
+
+def _decode_row(e: Emit, p: Lanes, source: Value, buf: Value) -> None:
+    c = p.coding
+    width = min(e.isa.WIDTH, c.weights)
+    factors = integers(e, c, "sc", source) if p.folded else None
+    for k in range(0, c.weights, width):
+        v = codes(e, c, source, k, width)
+        if factors is not None:
+            v = _folded(e, p, v, e.pick(factors, [(k + i) // 16 for i in range(width)]))
+        e.store(v, buf, k)
+
+
+def _folded(e: Emit, p: Lanes, v: Value, factors: Value) -> Value:
+    """i8 codes times i32 sub-scales, as the lanes want them."""
+    bias = e.fill(I8, v.type.count, p.coding.fmt.fields["q"].bias)
+    small = e.b.mul(e.b.add(v, bias), e.b.trunc(factors, v.type))
+    small = e.b.neg(small) if p.folded < 0 else small
+    return e.b.xor(small, e.fill(I8, v.type.count, 128)) if p.shift else small
+
+
+def _transpose_words(e: Emit, buf: Value, weights: int, panel: Value) -> None:
+    """buf i32[R][weights/4] → panel i32[weights/4][R]."""
+    lanes = rows_of(e)
+    square = min(lanes, weights // 4)  # a tail of 32 weights has 8 words per row
+    word = vector(I32, square)
+
+    def unit(u: Value, _: list[Value]) -> list[Value]:
+        column = e.at(buf, e.b.mul(u, e.i64(4 * square)))
+        for first in range(0, lanes, square):
+            rows = [e.load(word, column, (first + r) * weights) for r in range(square)]
+            for k, v in enumerate(e.transpose(rows)):
+                offset = e.b.mul(u, e.i64(4 * square * lanes))
+                e.store(v, e.at(panel, offset), 4 * (k * lanes + first))
+        return []
+
+    e.loop(weights // 4 // square, [], unit)
