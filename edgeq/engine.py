@@ -190,6 +190,7 @@ class Model:
         net.cos[:n], net.sin[:n] = rope.tables(self._frequencies, self._magnitude, first, n)
         net.state[:] = n, first
         net.out_state[0] = outputs
+        net.start()
         kind = "none" if not outputs else "few" if outputs <= FEW else "many"
         self._programs[n > FEW, kind].run(interruptible=n > FEW)
         self.seen.extend(ids)

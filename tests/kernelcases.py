@@ -54,7 +54,7 @@ def product(
     bias: bool = False,
     add: bool = False,
     panels: int = 2,
-    chunk: int = 0,
+    chunk: int = 16,
     place: kit.Place = kit.anywhere,
 ) -> None:
     """matvec or matmul: out (+)= w · x (+ bias), and nothing else in out is touched."""
@@ -72,6 +72,7 @@ def product(
     size = layout.panel_bytes(cols, fmt.group, module.WIDTH // 4, fmt.value == "x")
     scratch_bytes = layout.matmul_scratch(panels * size, module.WIDTH // 4, module.TILE_COLS)
     scratch_bytes = layout.matvec_scratch(cols) if op == "matvec" else scratch_bytes
+    taken = place(np.zeros(1, np.int64))
     scratch, words = place(np.zeros(threads * scratch_bytes, np.uint8)), state(tokens, 0, place)
     args = arguments(
         layout.MATMUL,
@@ -90,6 +91,8 @@ def product(
         group=panels,
         ahead=layout.PREFETCH,
         chunk=chunk,
+        taken=at(taken),
+        private=0,
     )
     kit.run(f"{op}/{name}", isa, place(args), threads)
     expected = x @ blocks.decode(w, fmt).astype(np.float64).T
@@ -182,6 +185,7 @@ def prepare(
     cols: int,
     threads: int = 1,
     quantized: bool = True,
+    private: bool = False,
     place: kit.Place = kit.anywhere,
 ) -> None:
     """Mode 0: nothing, 1: RMS norm, 2: SiLU gate; then int8 tiles of `columns` columns."""
@@ -189,19 +193,20 @@ def prepare(
     stride = cols + 5 if mode else cols
     x, up = (place(3 * floats(rng, tokens * stride - (stride - cols))) for _ in range(2))
     weight = place(floats(rng, cols)) if mode == 1 else up
-    h = place(floats(rng, tokens, cols))
     source = _rows(x, tokens, stride, cols)
-    expected = [h.astype(np.float64)] if mode == 0 else []
+    expected = source.astype(np.float64)
     if mode == 1:
-        expected = [np.array([naive.rms_norm(row, weight, 1e-5) for row in source])]
+        expected = np.array([naive.rms_norm(row, weight, 1e-5) for row in source])
     elif mode == 2:
         ups = _rows(up, tokens, stride, cols)
-        expected = [np.array([naive.silu_gate(g, u) for g, u in zip(source, ups)])]
-    tiles = -(-tokens // columns)
-    values = tiles * columns * cols
-    q = place(np.full(values if quantized else 0, 99, np.int8))
-    d, *sums = (place(np.full(values // n if quantized else 0, MARK)) for n in (32, 16, 32))
-    ints = [place(np.full(len(s), 99, np.int32)) for s in sums]
+        expected = np.array([naive.silu_gate(g, u) for g, u in zip(source, ups)])
+    values = -(-tokens // columns) * columns * cols if quantized else 0
+    counts = {"h": tokens * cols, "d": values // 32, "sums16": values // 16, "sums32": values // 32}
+    counts |= {"ints16": values // 16, "ints32": values // 32, "q": -(-values // 4)}
+    copies = threads if private else 1
+    out = place(np.full((copies, sum(counts.values())), MARK))
+    starts = dict(zip(counts, np.cumsum([0, *counts.values()]), strict=False))
+    places = {name: at(out) + 4 * int(start) for name, start in starts.items()}
     words = state(tokens, 0, place)
     args = arguments(
         layout.PREPARE,
@@ -212,18 +217,16 @@ def prepare(
         weight=at(weight),
         eps=1e-5,
         cols=cols,
-        h=at(h),
-        q=at(q) if quantized else 0,
-        d=at(d),
-        sums16=at(sums[0]),
-        sums32=at(sums[1]),
-        ints16=at(ints[0]),
-        ints32=at(ints[1]),
+        **{**places, "q": places["q"] if quantized else 0},
+        private=4 * out.shape[1] if private else 0,
     )
     kit.run(f"prepare/{columns}", isa, args, threads)
-    np.testing.assert_allclose(h, expected[0], rtol=2e-6, atol=1e-30)
-    if quantized:
-        _check_codes(h, columns, q, d, sums, ints)
+    for copy in out:
+        parts = {name: copy[start : start + counts[name]] for name, start in starts.items()}
+        h = parts["h"].reshape(tokens, cols) if mode else source
+        np.testing.assert_allclose(h, expected, rtol=2e-6, atol=1e-30)
+        if quantized:
+            _check_codes(h, columns, parts)
 
 
 def _rows(x: np.ndarray, tokens: int, stride: int, cols: int) -> np.ndarray:
@@ -231,25 +234,19 @@ def _rows(x: np.ndarray, tokens: int, stride: int, cols: int) -> np.ndarray:
     return np.array([x[t * stride : t * stride + cols] for t in range(tokens)])
 
 
-def _check_codes(
-    h: np.ndarray,
-    columns: int,
-    q: np.ndarray,
-    d: np.ndarray,
-    sums: list[np.ndarray],
-    ints: list[np.ndarray],
-) -> None:
+def _check_codes(h: np.ndarray, columns: int, parts: dict[str, np.ndarray]) -> None:
+    q, d = parts["q"].view(np.int8), parts["d"]
     tokens, expected = len(h), kit.quantize(h)
     np.testing.assert_array_equal(kit.separated(q, columns, tokens, 4), expected.q)
     np.testing.assert_array_equal(kit.separated(d, columns, tokens), expected.d)
-    for real, whole, group in zip(sums, ints, (16, 32), strict=True):
-        negative = expected.negative(group)
-        np.testing.assert_array_equal(kit.separated(whole, columns, tokens), negative)
-        got = kit.separated(real, columns, tokens)
+    for group in (16, 32):
+        whole = kit.separated(parts[f"ints{group}"].view(np.int32), columns, tokens)
+        np.testing.assert_array_equal(whole, expected.negative(group))
+        got = kit.separated(parts[f"sums{group}"], columns, tokens)
         limit = 2e-7 * np.repeat(expected.d, 32 // group, axis=1) * 127 * group
         assert (np.abs(got - expected.sums(group)) <= limit).all()
     spare = -tokens % columns  # columns without a token stay as they were
-    assert (kit.separated(q, columns, tokens + spare, 4)[tokens:] == 99).all()
+    assert (kit.separated(q.view(np.float32), columns, tokens + spare)[tokens:] == MARK).all()
     assert (kit.separated(d, columns, tokens + spare)[tokens:] == MARK).all()
 
 

@@ -35,6 +35,14 @@ def test_prepare(isa: str, tiled: bool, mode: int) -> None:
             cases.prepare(isa, columns, mode=mode, tokens=tokens, cols=cols, threads=threads)
 
 
+@pytest.mark.parametrize("mode", [0, 1])
+@each_isa
+def test_prepare_a_copy_for_each_thread(isa: str, mode: int) -> None:
+    for tokens, threads, cols in ((1, 1, 32), (1, 3, 96), (3, 2, 288), (7, 4, 64)):
+        options = {"tokens": tokens, "threads": threads, "cols": cols}
+        cases.prepare(isa, 1, mode=mode, private=True, **options)
+
+
 @pytest.mark.parametrize("mode", [1, 2])
 @each_isa
 def test_prepare_for_float_formats(isa: str, mode: int) -> None:

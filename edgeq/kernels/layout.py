@@ -31,9 +31,10 @@ EMBED = ("state", "ids", "w", "row_bytes", "cols", "out")
 # out_state = [rows to copy]: the last rows of x go to out
 GATHER = ("state", "out_state", "x", "out", "cols")
 
-# mode 0: h is there; 1: h = rms norm of x by weight; 2: h = silu(x) * weight. Then, if q != 0, h is
+# mode 0: h is x; 1: h = rms norm of x by weight; 2: h = silu(x) * weight. Then, if q != 0, h is
 # quantized. h f32[tokens][cols]; q, d, sums, ints as rows.quantize_row leaves them; x_stride also
-# for weight in mode 2
+# for weight in mode 2; private: each thread does all of it, its h, q, d, sums so many bytes behind
+# those of the one before; 0: they share the work
 PREPARE = (
     "state",
     "mode",
@@ -49,16 +50,17 @@ PREPARE = (
     "sums32",
     "ints16",
     "ints32",
+    "private",
 )
 
 # x, xd, xs: activations as rows.quantize_row leaves them (float formats: x f32[token][cols]), and
 # which of their sums: f32 ones per group for rows, for panels those that panel.Lanes names;
-# bias: 0 or address of f32[rows]; add: 1 to add to out; group: panels unpacked at a time; ahead:
-# bytes of a row that are asked for in advance; chunk: rows that threads take in turns, 0: each its
-# share in one piece
+# bias: 0 or address of f32[rows]; add: 1 to add to out. Threads take work in turns, from a counter
+# at `taken` that is 0 before: `chunk` rows at a time, or `group` panels. ahead: bytes of a row that
+# are asked for in advance; private: bytes from one thread's x, xd, xs to the next one's, 0: shared
 MATMUL = (
     "state", "w", "rows", "cols", "row_bytes", "x", "xd", "xs", "out", "stride", "bias", "add",
-    "scratch", "scratch_bytes", "group", "ahead", "chunk",
+    "scratch", "scratch_bytes", "group", "ahead", "chunk", "taken", "private",
 )  # fmt: skip
 
 # q, k, v f32[tokens][heads][head_dim]; cos, sin f32[tokens][pairs]; a pair is (i·step, i·step +

@@ -11,7 +11,7 @@ from edgeq.kernels.llvm import F32, Emit, Value, vector
 from edgeq.kernels.panel import lanes_of, quant_panel, rows_of
 from edgeq.kernels.rows import each
 from edgeq.kernels.tile import float_panel, float_tile, quant_tile
-from edgeq.kernels.words import emitted, load, smaller
+from edgeq.kernels.words import add_at, emitted, load, smaller
 
 __all__ = ["matmul", "matvec"]
 
@@ -19,13 +19,13 @@ ALONE = 3  # fewer than so many are faster one by one
 
 (
     STATE, W, ROWS, COLS, ROW_BYTES, X, XD, XS, OUT, STRIDE, BIAS, ADD, SCRATCH, SCRATCH_BYTES,
-    GROUP, AHEAD, CHUNK,
+    GROUP, AHEAD, CHUNK, TAKEN, PRIVATE,
 ) = range(len(MATMUL))  # fmt: skip
 
 
 def matvec(isa: ModuleType, fmt: BlockFormat) -> Any:
-    """Few columns: a thread streams its rows once, ROWS_AT_ONCE after the other for up to COLUMNS
-    columns; further columns find them in L2.
+    """Few columns: a thread takes a chunk of rows after the other and streams them once,
+    ROWS_AT_ONCE for up to COLUMNS columns; further columns find them in L2.
     """
     one, several, write = _dots(isa, fmt, 1), _dots(isa, fmt, COLUMNS), _writer(isa)
 
@@ -33,14 +33,14 @@ def matvec(isa: ModuleType, fmt: BlockFormat) -> Any:
         tokens = load(load(args, STATE), 0)
         rows, row_bytes, w = load(args, ROWS), load(args, ROW_BYTES), load(args, W)
         x, xd, xs, cols = load(args, X), load(args, XD), load(args, XS), load(args, COLS)
+        x += thread * load(args, PRIVATE)
+        xd += thread * load(args, PRIVATE)
+        xs += thread * load(args, PRIVATE)
         ahead, chunk = load(args, AHEAD), load(args, CHUNK)
         sums = load(args, SCRATCH) + thread * load(args, SCRATCH_BYTES)
-        first, last = rows * thread // threads, rows * (thread + 1) // threads
-        size, stride = last - first, rows
-        if chunk > 0:
-            first, last, size, stride = thread * chunk, rows, chunk, threads * chunk
-        while first < last:
-            r, end = first, smaller(first + size, last)
+        r = add_at(load(args, TAKEN), 0, chunk)
+        while r < rows:
+            end = smaller(r + chunk, rows)
             while r < end:
                 n = smaller(ROWS_AT_ONCE, end - r)
                 at = w + r * row_bytes
@@ -55,7 +55,7 @@ def matvec(isa: ModuleType, fmt: BlockFormat) -> Any:
                     write(args, sums, r, n, t, done, ROWS_AT_ONCE)
                     t += done
                 r += n
-            first += stride
+            r = add_at(load(args, TAKEN), 0, chunk)
 
     return kernel
 
@@ -134,8 +134,8 @@ def _write(isa: ModuleType, bias: bool, add: bool) -> Any:
 
 
 def matmul(isa: ModuleType, fmt: BlockFormat) -> Any:
-    """Many columns: unpack a few panels of rows into L2, multiply them with each tile of columns,
-    write the sums.
+    """Many columns: a thread takes a few panels of rows after the other, unpacks them into L2,
+    multiplies them with each tile of columns and writes the sums.
     """
     write = _writer(isa)
     unpack, multiply = _float_parts(isa, fmt) if plain(fmt) else _quant_parts(isa, fmt)
@@ -155,9 +155,9 @@ def matmul(isa: ModuleType, fmt: BlockFormat) -> Any:
         buf = base + group * size
         sums = buf + 256 * lanes
         panels = (rows + lanes - 1) // lanes
-        first, last = panels * thread // threads, panels * (thread + 1) // threads
-        while first < last:
-            end = smaller(first + group, last)
+        first = add_at(load(args, TAKEN), 0, group)
+        while first < panels:
+            end = smaller(first + group, panels)
             for p in range(first, end):
                 at = base + (p - first) * size
                 left = smaller(lanes, rows - p * lanes)
@@ -197,7 +197,7 @@ def matmul(isa: ModuleType, fmt: BlockFormat) -> Any:
                         n,
                         lanes,
                     )
-            first = end
+            first = add_at(load(args, TAKEN), 0, group)
 
     return kernel
 

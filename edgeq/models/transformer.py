@@ -18,12 +18,15 @@ from edgeq.kernels import layout
 from edgeq.kernels.panel import lanes_of
 from edgeq.kernels.program import Op, aligned, arguments
 from edgeq.models.arch import Arch
+from edgeq.models.inputs import Inputs
 from edgeq.models.weights import Layer, Matrix, Weights
 
 __all__ = ["FEW", "Transformer"]
 
 FEW = 7  # up to so many tokens weights are streamed row by row; above, panels are unpacked
 PANEL_BYTES = 192 * 1024  # unpacked panels that a thread keeps in its L2 cache
+TURNS = 8  # chunks of rows per thread
+COUNTER = 128  # bytes of a counter, on cache lines of its own
 DECODE_QUERIES = (1, 2, 4, 8)  # widths of the attention tile; the widest is for prompts
 
 
@@ -59,7 +62,11 @@ class Transformer:
         a = self.arch
         q, kv = a.head_count * a.head_dim, a.head_count_kv * a.head_dim
         rows = -(-batch // self.isa.TILE_COLS) * self.isa.TILE_COLS
-        widest = -(-max(a.embedding_length, q, a.feed_forward_length) // 32) * 32
+        widest = max(a.embedding_length, q, a.feed_forward_length)
+        self._shared = Inputs(rows, widest)
+        self._own = Inputs(min(FEW, batch), max(a.embedding_length, q), self.threads)
+        self._taken = aligned(2 * COUNTER * len(self.weights.matrices)).view(np.int64)
+        self._counters = iter(range(0, self._taken.nbytes, COUNTER))
         self._bytes: dict[str, np.ndarray] = {}
         floats = {
             "x": batch * a.embedding_length,
@@ -68,17 +75,10 @@ class Transformer:
             "v": batch * kv,
             "gate": batch * a.feed_forward_length,
             "up": batch * a.feed_forward_length,
-            "h": rows * widest,
-            "d": rows * widest // 32,
-            "sums16": rows * widest // 16,
-            "sums32": rows * widest // 32,
-            "ints16": rows * widest // 16,
-            "ints32": rows * widest // 32,
             "last": outputs * a.embedding_length,
         }
         for name, count in floats.items():
             self._bytes[name] = aligned(4 * count)
-        self._bytes["codes"] = aligned(rows * widest)
         self.logits = aligned(4 * outputs * a.vocab_size).view(np.float32).reshape(outputs, -1)
         self._scratch_bytes = -(-max(self._scratch_sizes()) // 64) * 64
         self._scratch = aligned(self.threads * self._scratch_bytes)
@@ -100,6 +100,10 @@ class Transformer:
 
     def _at(self, name: str) -> int:
         return int(self._bytes[name].ctypes.data)
+
+    def start(self) -> None:
+        """To be called before a program runs: no work is taken yet."""
+        self._taken.fill(0)
 
     # -- programs ----------------------------------------------------------------------------------
     def body(self, *, many: bool) -> list[Op]:
@@ -130,21 +134,30 @@ class Transformer:
             self._product(m, self._at(name), m.rows, many, barrier=m is inputs[-1])
             for m, name in zip(inputs, ("q", "k", "v"), strict=True)
         ]
-        ready = self._prepare("h", [layer.attn_output], a.head_count * a.head_dim, many)
-        out = self._product(layer.attn_output, self._at("x"), a.embedding_length, many, add=True)
+        m, mixed = layer.attn_output, self._shared.at("h")
+        plain = m.format.value == "x"  # reads what attention leaves, as it is
+        ready = [] if plain else [self._prepare(mixed, [m], m.cols, many)]
+        out = self._product(m, self._at("x"), a.embedding_length, many, add=True, shared=plain)
         norm = self._norm("x", layer.attn_norm, inputs, many)
-        return [norm, *products, self._rope(layer, index), self._attend(index, many), ready, out]
+        return [norm, *products, self._rope(layer, index), self._attend(index, many), *ready, out]
 
     def _feed_forward(self, layer: Layer, many: bool) -> list[Op]:
         inputs, width = [layer.ffn_gate, layer.ffn_up], self.arch.feed_forward_length
-        gate = self._prepare("gate", [layer.ffn_down], width, many, mode=2, weight=self._at("up"))
+        gate = self._prepare(
+            self._at("gate"), [layer.ffn_down], width, many, mode=2, weight=self._at("up")
+        )
         return [
             self._norm("x", layer.ffn_norm, inputs, many),
             self._product(layer.ffn_gate, self._at("gate"), width, many, barrier=False),
             self._product(layer.ffn_up, self._at("up"), width, many),
             gate,
             self._product(
-                layer.ffn_down, self._at("x"), self.arch.embedding_length, many, add=True
+                layer.ffn_down,
+                self._at("x"),
+                self.arch.embedding_length,
+                many,
+                add=True,
+                shared=True,
             ),
         ]
 
@@ -159,12 +172,12 @@ class Transformer:
     ) -> Op:
         width = self.arch.embedding_length
         return self._prepare(
-            source, readers, width, many, mode=1, weight=_address(weight), state=state
+            self._at(source), readers, width, many, mode=1, weight=_address(weight), state=state
         )
 
     def _prepare(
         self,
-        source: str,
+        source: int,
         readers: list[Matrix],
         width: int,
         many: bool,
@@ -173,23 +186,29 @@ class Transformer:
         weight: int = 0,
         state: np.ndarray | None = None,
     ) -> Op:
-        """Norm (mode 1) or gate (2) of `source` into h, quantized if a reader wants codes."""
+        """Norm (mode 1) or gate (2) of `source`, quantized if a reader wants codes.
+
+        Of few tokens every thread makes its own copy, without waiting for others; but not of the
+        gate, which is long.
+        """
         quantized = any(m.format.value != "x" for m in readers)
+        to = self._shared if many or mode == 2 else self._own
+        parts = ("h", "d", "sums16", "sums32", "ints16", "ints32")
         args = arguments(
             layout.PREPARE,
             state=_address(self.state if state is None else state),
             mode=mode,
-            x=self._at(source),
+            x=source,
             x_stride=width,
             weight=weight,
             eps=float(self.arch.rms_epsilon),
             cols=width,
-            h=self._at("h"),
-            q=self._at("codes") if quantized else 0,
-            d=self._at("d"),
-            **{name: self._at(name) for name in ("sums16", "sums32", "ints16", "ints32")},
+            q=to.at("codes") if quantized else 0,
+            **{name: to.at(name) for name in parts},
+            private=to.private,
         )
-        return Op(f"prepare/{self.isa.TILE_COLS if many else 1}", args)
+        barrier = to is self._shared
+        return Op(f"prepare/{self.isa.TILE_COLS if many else 1}", args, barrier)
 
     def _product(
         self,
@@ -200,9 +219,12 @@ class Transformer:
         *,
         add: bool = False,
         barrier: bool = True,
+        shared: bool = False,
         state: np.ndarray | None = None,
     ) -> Op:
+        """out (+)= m · what `_prepare` left, in the threads' copies or, with `shared`, for all."""
         plain = m.format.value == "x"
+        given = self._shared if many or shared else self._own
         args = arguments(
             layout.MATMUL,
             state=_address(self.state if state is None else state),
@@ -210,9 +232,9 @@ class Transformer:
             rows=m.rows,
             cols=m.cols,
             row_bytes=m.row_bytes,
-            x=self._at("h" if plain else "codes"),
-            xd=self._at("d"),
-            xs=self._at(self._sums(m, many)),
+            x=given.at("h" if plain else "codes"),
+            xd=given.at("d"),
+            xs=given.at(self._sums(m, many)),
             out=out,
             stride=stride,
             bias=0 if m.bias is None else _address(m.bias),
@@ -221,9 +243,16 @@ class Transformer:
             scratch_bytes=self._scratch_bytes,
             group=self._panels(m),
             ahead=layout.PREFETCH,
-            chunk=0,
+            chunk=self._chunk(m.rows),
+            taken=_address(self._taken) + next(self._counters),
+            private=given.private,
         )
         return Op(f"{'matmul' if many else 'matvec'}/{m.format.name}", args, barrier)
+
+    def _chunk(self, rows: int) -> int:
+        """Rows that a thread takes at a time: several turns each, so that nobody waits long."""
+        step = layout.ROWS_AT_ONCE
+        return max(rows // (TURNS * self.threads * step), 1) * step
 
     def _sums(self, m: Matrix, many: bool) -> str:
         """Which sums of activations a product with `m` reads."""
@@ -267,7 +296,7 @@ class Transformer:
         wide = max(DECODE_QUERIES)
         queries = wide if many else next((n for n in DECODE_QUERIES if n >= share), wide)
         scratch = {"scratch": _address(self._scratch), "scratch_bytes": self._scratch_bytes}
-        where = {"q": self._at("q"), "out": self._at("h")}
+        where = {"q": self._at("q"), "out": self._shared.at("h")}
         return Op(
             f"attend/{queries}", arguments(layout.ATTEND, **self._heads(index), **where, **scratch)
         )

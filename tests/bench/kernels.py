@@ -39,6 +39,7 @@ def op(name: str, fmt: blocks.BlockFormat, w: np.ndarray, tokens: int, threads: 
         "xs": aligned(columns * COLS // 4),
         "out": aligned(4 * columns * rows),
         "scratch": aligned(threads * size),
+        "taken": aligned(64),
     }
     buffers["state"].view(np.int64)[0] = tokens
     places = {key: int(value.ctypes.data) for key, value in buffers.items()}
