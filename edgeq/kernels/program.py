@@ -4,22 +4,20 @@ import contextlib
 import ctypes
 import os
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 
 import numpy as np
 
+from edgeq import cpus
 from edgeq.errors import KernelError, ResourceError
 from edgeq.kernels import cache, load
 from edgeq.kernels.layout import (
     BLOCK_WORDS,
     CANCEL,
-    IDLE_SPIN,
-    SPIN,
     STOP,
     SYNC_WORDS,
-    TASK,
     WALK,
     WORDS_PER_OP,
     YIELD,
@@ -72,9 +70,11 @@ class Program:
         if words:
             words[-1] = (*words[-1][:2], 1)  # the caller goes on only when everybody has finished
         self._table = np.array(words, np.int64).reshape(-1, WORDS_PER_OP)
-        block = [self._table.ctypes.data, len(words), team.sync.ctypes.data, threads]
+        spins = team.spins(threads)
+        block = [self._table.ctypes.data, len(words), team.sync.ctypes.data, 0, spins]
         self._block = np.array(block, np.int64)
         assert len(block) == BLOCK_WORDS
+        assert 1 <= threads <= team.threads
         self._team, self._threads = team, threads
 
     def run(self, *, interruptible: bool = False) -> None:
@@ -83,6 +83,8 @@ class Program:
         interruptible: a signal ends it at the next op, for programs that run long (Python handles
         signals only when native code has returned).
         """
+        if not self._ops:
+            return
         run = self._team.run_interruptible if interruptible else self._team.run
         run(self._block.ctypes.data, self._threads)
 
@@ -105,7 +107,10 @@ def _outlast(done: threading.Event) -> None:
 
 class Team:
     """`threads` threads: the caller's and threads - 1 workers, which spin between tokens for a
-    moment and then sleep.
+    moment and then sleep. A program for fewer threads leaves the last ones asleep.
+
+    cores: threads that can run at the same time. home(thread): CPUs that a thread stays on, empty
+    for any; the caller's thread only while a program runs.
     """
 
     def __init__(
@@ -114,23 +119,28 @@ class Team:
         threads: int,
         cores: int,
         progress: Callable[[str, int, int], None] | None = None,
+        home: Callable[[int], Collection[int]] = lambda thread: (),
     ):
-        self.threads = threads
+        self.threads, self._cores, self._home = threads, cores, home
         kernels = load(TEAM_KERNELS, isa, progress)
         self._walk, self._lead, self._serve = (cache.callable_at(kernels[k]) for k in TEAM_KERNELS)
         self.sync = aligned(8 * SYNC_WORDS).view(np.int64)
         self.sync[WALK], self.sync[YIELD] = kernels["walk"], _yield_address()
-        alone = threads > cores  # a spinning thread would keep the one it waits for from running
-        self.sync[SPIN], self.sync[IDLE_SPIN] = (0, 0) if alone else (BARRIER_SPINS, IDLE_SPINS)
         self._lock = threading.Lock()
-        self._asleep: list[threading.Event] = []
-        self._busy = False  # a program is about to be posted or runs: nobody may fall asleep
+        self._asleep: dict[int, threading.Event] = {}
+        self._needed = 0  # threads that a program is about to need or needs: these stay awake
         self._workers = [
             threading.Thread(target=self._work, args=(i,), name=f"edgeq-{i}", daemon=True)
             for i in range(1, threads)
         ]
         for worker in self._workers:
             worker.start()
+
+    def spins(self, threads: int) -> int:
+        """How long threads of a program spin at a barrier before they yield: not at all where there
+        are more of them than cores, since they would keep the one they wait for from running.
+        """
+        return BARRIER_SPINS if threads <= self._cores else 0
 
     def run(self, block: int, threads: int) -> None:
         """Walk the program at `block` with `threads` threads.
@@ -140,16 +150,18 @@ class Team:
         """
         if self.sync[STOP]:
             raise ResourceError("this model is closed: load it again")
-        if threads == 1:
-            self._walk(block, 0, 1)
-            return
+        before = cpus.stay_on(self._home(0))
         try:
+            if threads == 1:
+                self._walk(block, 0, 1)
+                return
             with self._lock:
-                self._busy = True
-                self._wake()
+                self._needed = threads
+                self._wake(threads)
             self._lead(block, 0, threads)
         finally:
-            self._busy = False
+            self._needed = 0
+            cpus.stay_on(before)
 
     def run_interruptible(self, block: int, threads: int) -> None:
         """`run` on a thread of its own, while this one can receive signals."""
@@ -177,28 +189,29 @@ class Team:
         if failures:
             raise failures[0]
 
-    def _wake(self) -> None:
-        """Wake all sleepers; the lock is held."""
-        sleepers, self._asleep = self._asleep, []
-        for event in sleepers:
-            event.set()
+    def _wake(self, threads: int) -> None:
+        """Wake those of the first `threads` threads that sleep; the lock is held."""
+        for thread in [thread for thread in self._asleep if thread < threads]:
+            self._asleep.pop(thread).set()
 
     def _work(self, thread: int) -> None:
-        own = np.array([self.sync.ctypes.data, 0], np.int64)
+        cpus.stay_on(self._home(thread))
+        spins = IDLE_SPINS if thread < self._cores else 0
+        own = np.array([self.sync.ctypes.data, 0, spins], np.int64)
         event = threading.Event()
         while not self.sync[STOP]:
             self._serve(own.ctypes.data, thread, 0)
             with self._lock:
-                if self._busy or self.sync[TASK] != own[1] or self.sync[STOP]:
+                if thread < self._needed or self.sync[STOP]:
                     continue
                 event.clear()
-                self._asleep.append(event)
+                self._asleep[thread] = event
             event.wait()
 
     def close(self) -> None:
         """Stop the workers."""
         with self._lock:
             self.sync[STOP] = 1
-            self._wake()
+            self._wake(self.threads)
         for worker in self._workers:
             worker.join()
