@@ -70,7 +70,9 @@ def find(root: Path = Path("/"), allowed: Collection[int] | None = None) -> Cpus
     """
     mine = frozenset(_allowed() if allowed is None else allowed)
     places = {cpu: root / f"sys/devices/system/cpu/cpu{cpu}" for cpu in mine}
-    siblings = {cpu: _list(place / "topology/thread_siblings_list") for cpu, place in places.items()}
+    siblings = {
+        cpu: _list(place / "topology/thread_siblings_list") for cpu, place in places.items()
+    }
     if not any(siblings.values()):
         return Cpus(_counted(sorted(mine)), _quota(root))
     speeds = _speeds(root, places)
