@@ -5,8 +5,10 @@ Plain numbers, so that the engine's process reads them without importing a compi
 """
 
 LINE = 16  # int64 words per cache line, and its neighbour that is fetched along
-ARRIVED, GENERATION, TASK, BLOCK, YIELD, WALK, STOP, CANCEL, HALT = (LINE * i for i in range(9))
-SYNC_WORDS = 9 * LINE
+ARRIVED, GENERATION, TASK, BLOCK, YIELD, CPU, WALK, STOP, CANCEL, HALT, WHERE = (
+    LINE * i for i in range(11)
+)
+SYNC_WORDS = WHERE  # and from there on, one line per thread: the CPU it was last seen on
 WORDS_PER_OP = 3  # kernel address, argument block, 1 if a barrier follows
 BLOCK_WORDS = 5  # program block: address of the ops, their count, sync block, task, barrier spins
 TASK_SHIFT = 9  # a task number: a count, and below it how many threads (1..256) the task is for

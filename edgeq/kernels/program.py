@@ -16,19 +16,21 @@ from edgeq.kernels import cache, load
 from edgeq.kernels.layout import (
     BLOCK_WORDS,
     CANCEL,
+    CPU,
+    LINE,
     STOP,
     SYNC_WORDS,
     WALK,
+    WHERE,
     WORDS_PER_OP,
     YIELD,
 )
 
 __all__ = ["Op", "Program", "Team", "aligned", "arguments"]
 
-# Longer than threads differ at a barrier, some 0.1 ms; then yield the core. Yielding at once costs
-# dear beside other programs: each time they take a whole turn of milliseconds. Measured with two
-# threads and two busy loops on two cores: 2 tokens/s with 100 spins, 6 with 1000, 20 with 10000,
-# against 45 alone.
+# Some 0.1 ms, longer than threads differ at a barrier; then yield the core. Yielding at once costs
+# dear beside other programs: each time they take a whole turn of milliseconds. Two threads and two
+# busy loops on two cores: 2 tokens/s with 100 spins, 6 with 1000, 20 with 10000; 45 alone.
 BARRIER_SPINS = 10_000
 TEAM_KERNELS = ("walk", "lead", "serve")
 IDLE_SPINS = 20_000  # about half a millisecond between two tokens, then sleep
@@ -93,13 +95,18 @@ class Program:
         run(self._block.ctypes.data, self._threads)
 
 
-def _yield_address() -> int:
-    """Address of the C library's sched_yield (Windows: SwitchToThread)."""
+def _system_calls() -> tuple[int, int]:
+    """Addresses of the system's functions that yield a core, and that tell which one it is."""
     if os.name == "nt":
-        function = ctypes.WinDLL("kernel32").SwitchToThread  # type: ignore[attr-defined]
+        library = ctypes.WinDLL("kernel32")  # type: ignore[attr-defined]
+        names = ("SwitchToThread", "GetCurrentProcessorNumber")
     else:
-        function = ctypes.CDLL(None).sched_yield
-    return int(ctypes.cast(function, ctypes.c_void_p).value or 0)
+        library, names = ctypes.CDLL(None), ("sched_yield", "sched_getcpu")
+        if not hasattr(library, names[1]):  # macOS: as if each thread had its own
+            names = ("sched_yield", "pthread_self")
+    found = (ctypes.cast(getattr(library, name), ctypes.c_void_p).value for name in names)
+    yields, cpu = (int(address or 0) for address in found)
+    return yields, cpu
 
 
 def _outlast(done: threading.Event) -> None:
@@ -128,8 +135,10 @@ class Team:
         self.threads, self._cores, self._home = threads, cores, home
         kernels = load(TEAM_KERNELS, isa, progress)
         self._walk, self._lead, self._serve = (cache.callable_at(kernels[k]) for k in TEAM_KERNELS)
-        self.sync = aligned(8 * SYNC_WORDS).view(np.int64)
-        self.sync[WALK], self.sync[YIELD] = kernels["walk"], _yield_address()
+        self.sync = aligned(8 * (SYNC_WORDS + LINE * threads)).view(np.int64)
+        self.sync[WHERE:] = -1
+        self.sync[WALK] = kernels["walk"]
+        self.sync[YIELD], self.sync[CPU] = _system_calls()
         self._lock = threading.Lock()
         self._asleep: dict[int, threading.Event] = {}
         self._needed = 0  # threads that a program is about to need or needs: these stay awake

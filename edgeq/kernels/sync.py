@@ -10,12 +10,15 @@ from edgeq.kernels.layout import (
     ARRIVED,
     BLOCK,
     CANCEL,
+    CPU,
     GENERATION,
     HALT,
+    LINE,
     STOP,
     TASK,
     TASK_SHIFT,
     WALK,
+    WHERE,
     WORDS_PER_OP,
     YIELD,
 )
@@ -30,6 +33,9 @@ def walk(isa: ModuleType) -> Any:
     After CANCEL is set, all threads leave at the same barrier: the last to arrive decides for all.
     HALT is the number of the last task that ended so, and only grows: a thread that looks late,
     when others are in a later task already, still finds that its own is over.
+
+    At a barrier a thread spins, so as not to lose its core to other programs for a whole turn. But
+    where it shares a core with another thread of the program, it yields at once.
     """
     hint = pause(isa)
 
@@ -40,6 +46,8 @@ def walk(isa: ModuleType) -> Any:
             call3(load(op, 0), load(op, 1), thread, threads)
             if threads > 1 and load(op, 2) != 0:
                 generation = peek(sync, GENERATION)
+                cpu = call0(load(sync, CPU))
+                store(sync, WHERE + LINE * thread, cpu)
                 if add_at(sync, ARRIVED, 1) == threads - 1:
                     poke(sync, ARRIVED, 0)
                     if peek(sync, CANCEL) != 0:
@@ -47,6 +55,9 @@ def walk(isa: ModuleType) -> Any:
                     add_at(sync, GENERATION, 1)
                 else:
                     spins = load(args, 4)
+                    for t in range(threads):
+                        if t != thread and load(sync, WHERE + LINE * t) == cpu:
+                            spins = 0
                     while peek(sync, GENERATION) == generation:
                         if spins > 0:
                             spins -= 1
@@ -92,6 +103,8 @@ def serve(isa: ModuleType) -> Any:
         sync = load(args, 0)
         while True:
             seen, spins = load(args, 1), load(args, 2)
+            if peek(sync, WHERE) == call0(load(sync, CPU)):
+                spins = 0  # the caller's thread needs this core
             while peek(sync, TASK) == seen and spins > 0:
                 spins -= 1
                 hint()
