@@ -12,18 +12,39 @@ from kernelcases import floats, generator, inputs
 from edgeq import blocks
 from edgeq.kernels import isa as isas
 from edgeq.kernels import layout
-from edgeq.kernels.dot import Column, row_dot, row_dots
+from edgeq.kernels.dot import Column, Reader, row_dots
 from edgeq.kernels.llvm import F32, Emit, Value, vector
 from edgeq.kernels.tile import float_panel, float_tile, quant_panel, quant_tile
 
 
 @cache
-def dot_function(isa: str, name: str) -> Callable[..., float]:
-    def emit(e: Emit, w: Value, x: Value, xd: Value, xs: Value, cols: Value) -> Value:
-        pointers = [e.pointer(p) for p in (w, x, xd, xs)]
-        return row_dot(e, blocks.get(name), *pointers, cols)
+def dot_function(isa: str, name: str, columns: int = 1) -> Callable[..., None]:
+    """f(w, out, spare, cols, x, xd, xs of each column)."""
 
-    return kit.native(emit, "iiiii", isa, result=True)
+    def emit(e: Emit, w: Value, out: Value, spare: Value, cols: Value, *arrays: Value) -> None:
+        pointers = [e.pointer(a) for a in arrays]
+        several = [Column(*pointers[i : i + 3]) for i in range(0, 3 * columns, 3)]
+        row = Reader(e.pointer(w), e.i64(layout.PREFETCH), e.pointer(spare))
+        for k, total in enumerate(row_dots(e, blocks.get(name), row, several, cols)):
+            e.store(total, e.pointer(out), 4 * k)
+
+    return kit.native(emit, "i" * (4 + 3 * columns), isa)
+
+
+def products(
+    isa: str,
+    name: str,
+    row: np.ndarray,
+    columns: list[list[np.ndarray]],
+    place: kit.Place = kit.anywhere,
+) -> np.ndarray:
+    """Products of one row with columns, each of arrays x, xd, xs."""
+    cols = blocks.get(name).block * row.shape[-1] // blocks.get(name).bytes
+    out = place(np.zeros(len(columns), np.float32))
+    spare = place(np.zeros(layout.matvec_scratch(cols) - layout.SPARE, np.uint8))
+    arrays = [array for column in columns for array in column]
+    dot_function(isa, name, len(columns))(row, out, spare, cols, *arrays)
+    return out
 
 
 def dot(isa: str, name: str, *, cols: int, place: kit.Place = kit.anywhere) -> None:
@@ -31,27 +52,18 @@ def dot(isa: str, name: str, *, cols: int, place: kit.Place = kit.anywhere) -> N
     fmt, rng = blocks.get(name), generator("dot", name, cols)
     row = place(kit.packed(fmt, 1, cols, rng))
     arrays, x = inputs(fmt, floats(rng, 1, cols), 1, place)
-    got = dot_function(isa, name)(row, *arrays.values(), cols)
+    got = products(isa, name, row, [list(arrays.values())], place)[0]
     expected = float(blocks.decode(row[0], fmt).astype(np.float64) @ x[0])
     assert abs(got - expected) <= 5e-7 * float(kit.reach(row, fmt)[0] @ np.abs(x[0]))
 
 
-def dots(isa: str, name: str, *, cols: int, columns: int) -> None:
+def dots(isa: str, name: str, *, cols: int, columns: int, place: kit.Place = kit.anywhere) -> None:
     """A row times several columns at once: to the bit what each gives alone."""
     fmt, rng = blocks.get(name), generator("dots", name, cols)
-    row, out = kit.packed(fmt, 1, cols, rng), np.zeros(columns, np.float32)
-    given = [inputs(fmt, floats(rng, 1, cols), 1, kit.anywhere)[0] for _ in range(columns)]
-
-    def emit(e: Emit, w: Value, out: Value, cols: Value, *addresses: Value) -> None:
-        pointers = [e.pointer(a) for a in addresses]
-        several = [Column(*pointers[i : i + 3]) for i in range(0, 3 * columns, 3)]
-        for k, total in enumerate(row_dots(e, fmt, e.pointer(w), several, cols)):
-            e.store(total, e.pointer(out), 4 * k)
-
-    arrays = [a for column in given for a in column.values()]
-    kit.native(emit, "i" * (3 + 3 * columns), isa)(row, out, cols, *arrays)
-    alone = [dot_function(isa, name)(row, *column.values(), cols) for column in given]
-    np.testing.assert_array_equal(out, alone)
+    row = place(kit.packed(fmt, 1, cols, rng))
+    given = [list(inputs(fmt, floats(rng, 1, cols), 1, place)[0].values()) for _ in range(columns)]
+    alone = [products(isa, name, row, [column])[0] for column in given]
+    np.testing.assert_array_equal(products(isa, name, row, given, place), alone)
 
 
 def _panel_product(e: Emit, fmt: blocks.BlockFormat, *args: Value) -> None:

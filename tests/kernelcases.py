@@ -53,6 +53,7 @@ def product(
     bias: bool = False,
     add: bool = False,
     panels: int = 2,
+    chunk: int = 0,
     place: kit.Place = kit.anywhere,
 ) -> None:
     """matvec or matmul: out (+)= w · x (+ bias), and nothing else in out is touched."""
@@ -69,6 +70,7 @@ def product(
     lanes = module.WIDTH // 4
     size = layout.panel_bytes(cols, fmt.group, lanes, fmt.value == "x")
     scratch_bytes = layout.matmul_scratch(panels * size, lanes, module.TILE_COLS)
+    scratch_bytes = layout.matvec_scratch(cols) if op == "matvec" else scratch_bytes
     scratch, words = place(np.zeros(threads * scratch_bytes, np.uint8)), state(tokens, 0, place)
     args = arguments(
         layout.MATMUL,
@@ -85,6 +87,8 @@ def product(
         scratch=at(scratch),
         scratch_bytes=scratch_bytes,
         group=panels,
+        ahead=layout.PREFETCH,
+        chunk=chunk,
     )
     kit.run(f"{op}/{name}", isa, place(args), threads)
     expected = x @ blocks.decode(w, fmt).astype(np.float64).T

@@ -14,8 +14,7 @@ def row_lengths(fmt: blocks.BlockFormat) -> list[int]:
 
 
 def product(isa: str, fmt: blocks.BlockFormat, row: np.ndarray, x: kit.Codes) -> float:
-    args = (row, x.q, x.d, x.sums(fmt.group))
-    return emitcases.dot_function(isa, fmt.name)(*args, x.q.shape[1])
+    return float(emitcases.products(isa, fmt.name, row, [[x.q, x.d, x.sums(fmt.group)]])[0])
 
 
 def check(isa: str, fmt: blocks.BlockFormat, row: np.ndarray, x: kit.Codes) -> None:

@@ -49,6 +49,7 @@ def test_product(op: str, isa: str, name: str) -> None:
             bias=tokens % 2 == 0,
             add=tokens % 3 == 0,
             panels=1 + tokens % 3,
+            chunk=(0, 1, 4, 17)[tokens // 2 % 4],
         )
 
 

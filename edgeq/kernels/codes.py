@@ -14,9 +14,9 @@ from llvmlite import ir
 
 from edgeq.blocks import BlockFormat, Field, Run
 from edgeq.errors import KernelError
-from edgeq.kernels.llvm import F16, F32, I1, I8, I32, Emit, Value, vector
+from edgeq.kernels.llvm import F16, F32, I1, I8, I16, I32, I64, Emit, Value, vector
 
-__all__ = ["Coding", "codes", "coding", "plain", "scales"]
+__all__ = ["Coding", "codes", "coding", "plain", "scale_and_minimum", "scales"]
 
 
 @dataclass(frozen=True)
@@ -117,12 +117,24 @@ def _run(e: Emit, run: Run, block: Value, first: int, count: int) -> Value:
     size = min(run.lanes, count)
     if size < 8:
         return _scattered(e, run, block, places)
+    if len({byte for byte, _ in places[::size]}) == 1 and size < count:
+        return _fanned(e, run, block, places, size)
     parts = []
     for start in range(0, count, size):
         byte, shift = places[start]
         v = e.load(vector(I8, size), block, byte)
         parts.append(e.bits(v, shift, (1 << run.bits) - 1))
     return e.join(parts)
+
+
+def _fanned(e: Emit, run: Run, block: Value, places: list[tuple[int, int]], size: int) -> Value:
+    """The same `size` bytes several times, each time with another shift."""
+    loaded = e.load(vector(I8, size), block, places[0][0])
+    repeated = e.pick(loaded, [k % size for k in range(len(places))])
+    words = e.b.bitcast(repeated, vector(I64, len(places) // 8))
+    shifts = e.const(I64, [shift for _, shift in places[::8]])
+    v = e.b.bitcast(e.b.lshr(words, shifts), repeated.type)
+    return e.b.and_(v, e.fill(I8, len(places), (1 << run.bits) - 1))
 
 
 def _scattered(e: Emit, run: Run, block: Value, places: list[tuple[int, int]]) -> Value:
@@ -140,29 +152,49 @@ def _scattered(e: Emit, run: Run, block: Value, places: list[tuple[int, int]]) -
 # -- scales ----------------------------------------------------------------------------------------
 def scales(e: Emit, c: Coding, step: Value) -> tuple[Value, Value | None]:
     """(A, B): f32[groups] each; B is None where it is zero."""
+    a, m = scale_and_minimum(e, c, step)
+    if c.offset:
+        return a, e.mul(a, e.fill(F32, c.groups, c.offset))
+    return a, m
+
+
+def scale_and_minimum(e: Emit, c: Coding, step: Value) -> tuple[Value, Value | None]:
+    """(A, m) of w = A·(u + offset) + m: f32[groups] each; m is None where it is zero."""
     fields = c.fmt.fields
     d = _scalars(e, c, fields["d"], step)
     a = d if "sc" not in fields else e.mul(d, _sub(e, c, fields["sc"], step))
-    b = e.mul(a, e.fill(F32, c.groups, c.offset)) if c.offset else None
     if "m" not in fields:
-        return a, b
-    if "dmin" in fields:
-        minimum = e.mul(_scalars(e, c, fields["dmin"], step), _sub(e, c, fields["m"], step))
-        b = e.sub(b if b is not None else e.fill(F32, c.groups, 0.0), minimum)
-    else:
-        m = _scalars(e, c, fields["m"], step)
-        b = m if b is None else e.add(b, m)
-    return a, b
+        return a, None
+    if "dmin" not in fields:
+        return a, _scalars(e, c, fields["m"], step)
+    size = e.mul(_scalars(e, c, fields["dmin"], step), _sub(e, c, fields["m"], step))
+    return a, e.b.fneg(size)
 
 
 def _scalars(e: Emit, c: Coding, field: Field, step: Value) -> Value:
     """f32[groups] of an f16 that each block has once."""
     if field.type != "f16":
         raise KernelError(f"{c.fmt.name}: a scale of type {field.type}: expected f16")
-    halves = [e.load(F16, step, i * c.fmt.bytes + field.at) for i in range(c.blocks)]
-    wide = e.isa.from_f16(e, e.gather(halves))
+    wide = e.isa.from_f16(e, _halves(e, c, field.at, step))
+    if c.blocks == 1:
+        return e.splat(e.lane(wide, 0), c.groups)  # converted once, then spread
     each = c.groups // c.blocks
     return wide if each == 1 else e.pick(wide, [i // each for i in range(c.groups)])
+
+
+def _halves(e: Emit, c: Coding, at: int, step: Value) -> Value:
+    """f16[blocks], put together in general registers, four at a time."""
+    places = [i * c.fmt.bytes + at for i in range(c.blocks)]
+    if len(places) == 1:
+        return e.load(vector(F16, 1), step, at)
+    words = []
+    for four in range(0, len(places), 4):
+        word = I64(0)
+        for k, place in enumerate(places[four : four + 4]):
+            wide = e.b.zext(e.load(I16, step, place), I64)
+            word = e.b.or_(word, e.b.shl(wide, I64(16 * k))) if k else wide
+        words.append(word)
+    return e.b.bitcast(e.gather(words), vector(F16, len(places)))
 
 
 def _sub(e: Emit, c: Coding, field: Field, step: Value) -> Value:
@@ -181,10 +213,14 @@ def _sub(e: Emit, c: Coding, field: Field, step: Value) -> Value:
 
 def _k4(e: Emit, field: Field, step: Value) -> Value:
     """u8[8] of the twelve bytes that Q4_K and Q5_K share: four plain 6-bit values, four split in 4
-    + 2 bits.
+    + 2 bits. In general registers, four bytes at once: vector units have enough to do.
     """
-    low = e.load(vector(I8, 4), step, field.at + 4 * field.part)
-    tail = e.load(vector(I8, 4), step, field.at + 8)
-    high = e.b.shl(e.bits(low, 6, 3), e.fill(I8, 4, 4))
-    rest = e.b.or_(e.bits(tail, 4 * field.part, 15), high)
-    return e.join([e.bits(low, 0, 63), rest])
+    low = e.load(I32, step, field.at + 4 * field.part)
+    tail = e.load(I32, step, field.at + 8)
+    if field.part:
+        tail = e.b.lshr(tail, I32(4))
+    high = e.b.and_(e.b.lshr(low, I32(2)), I32(0x30303030))
+    rest = e.b.or_(e.b.and_(tail, I32(0x0F0F0F0F)), high)
+    plain = e.b.and_(low, I32(0x3F3F3F3F))
+    both = e.b.or_(e.b.zext(plain, I64), e.b.shl(e.b.zext(rest, I64), I64(32)))
+    return e.b.bitcast(both, vector(I8, 8))

@@ -6,15 +6,15 @@ plain f32 for float formats.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from edgeq.blocks import BlockFormat
-from edgeq.kernels.codes import Coding, codes, coding, plain, scales
+from edgeq.kernels.codes import Coding, codes, coding, plain, scale_and_minimum
 from edgeq.kernels.llvm import F16, F32, I8, I16, I32, Emit, Value, vector
 
-__all__ = ["PREFETCH", "Column", "floats_at", "row_dot", "row_dots"]
+__all__ = ["Column", "Reader", "floats_at", "row_dots"]
 
-PREFETCH = 4096  # bytes ahead of the reader
+CHAINS = 2  # independent sums of a column: fma has a latency
 
 
 @dataclass(frozen=True)
@@ -28,76 +28,153 @@ class Column:
     xs: Value
 
 
-def row_dot(
-    e: Emit, fmt: BlockFormat, w: Value, x: Value, xd: Value, xs: Value, cols: Value
-) -> Value:
-    """Emit the f32 dot product of a row at pointer w with a column of `cols` (i64) activations."""
-    return row_dots(e, fmt, w, [Column(x, xd, xs)], cols)[0]
+@dataclass(frozen=True)
+class Reader:
+    """How a row is read: pointer to its first byte, bytes that are asked for ahead of the reader
+    (i64 or integer), and 64 bytes of scratch per column.
+    """
+
+    w: Value
+    ahead: Value
+    spare: Value
+
+    def further(self, e: Emit, offset: Value) -> "Reader":
+        return replace(self, w=e.at(self.w, offset))
 
 
 def row_dots(
-    e: Emit, fmt: BlockFormat, w: Value, columns: Sequence[Column], cols: Value
+    e: Emit, fmt: BlockFormat, row: Reader, columns: Sequence[Column], cols: Value
 ) -> list[Value]:
-    """Dot products of one row with several columns: weights are read and unpacked once.
+    """f32 dot products of a row with several columns of `cols` (i64) activations: weights are read
+    and unpacked once.
 
     Each result is bit for bit what the column alone would give.
     """
     if plain(fmt):
-        return _float_dots(e, fmt, w, [c.x for c in columns], cols)
+        return _float_dots(e, fmt, row, [c.x for c in columns], cols)
     main = coding(fmt, e.isa)
     steps = e.b.udiv(cols, e.i64(main.weights))
-    totals = _steps(e, main, w, columns, steps)
+    totals = _steps(e, main, row, columns, steps)
     if fmt.block == main.weights:
         return totals
     done = e.b.mul(steps, e.i64(main.weights))
     tail = coding(fmt, e.isa, tail=True)
     left = e.b.udiv(e.b.sub(cols, done), e.i64(fmt.block))
-    w = e.at(w, e.b.mul(steps, e.i64(main.bytes)))
+    row = row.further(e, e.b.mul(steps, e.i64(main.bytes)))
     d, s = (e.b.udiv(done, e.i64(n)) for n in (8, fmt.group // 4))
     rest = [Column(e.at(c.x, done), e.at(c.xd, d), e.at(c.xs, s)) for c in columns]
-    pairs = zip(totals, _steps(e, tail, w, rest, left), strict=True)
+    pairs = zip(totals, _steps(e, tail, row, rest, left), strict=True)
     return [e.b.fadd(total, more) for total, more in pairs]
 
 
-def _steps(e: Emit, c: Coding, w: Value, columns: Sequence[Column], count: Value) -> list[Value]:
-    """Scalar sum over `count` steps, per column."""
-    width = min(e.isa.WIDTH, c.weights)
-    unit = max(width, c.fmt.group)
-    chains = min(c.weights // unit, 2)  # independent sums per column: fma has a latency
-    each = chains + c.has_minimum
-    zeros = [e.fill(F32, width // 4, 0.0)] * chains + [e.fill(F32, c.groups, 0.0)] * c.has_minimum
+def _steps(e: Emit, c: Coding, row: Reader, columns: Sequence[Column], count: Value) -> list[Value]:
+    """Scalar sum over `count` steps, per column.
+
+    Two passes: the first turns scales into factors in scratch memory, from where the second one
+    loads each into all lanes, which costs less than moving lanes about.
+    """
+    room = e.b.mul(count, e.i64(4 * len(_order(e, c))))
+    kept = [e.at(row.spare, e.b.mul(room, e.i64(k))) for k in range(len(columns))]
+    minimums = _factors(e, c, row, columns, count, kept)
+    sums = _products(e, c, row, columns, count, kept)
+    if c.has_minimum:
+        sums = [e.b.fadd(total, m) for total, m in zip(sums, minimums, strict=True)]
+    return sums
+
+
+def _here(e: Emit, c: Coding, columns: Sequence[Column], i: Value) -> list[Column]:
+    """The columns from step i on."""
+    offsets = [e.b.mul(i, e.i64(n)) for n in (c.weights, c.weights // 8, 4 * c.groups)]
+    return [
+        Column(*(e.at(p, o) for p, o in zip((k.x, k.xd, k.xs), offsets, strict=True)))
+        for k in columns
+    ]
+
+
+def _factors(
+    e: Emit, c: Coding, row: Reader, columns: Sequence[Column], count: Value, kept: list[Value]
+) -> list[Value]:
+    """Write f32[count · groups] per column: scale of the weights times that of the activations.
+
+    Returns f32[groups] per column: sums of what B adds, or nothing.
+    """
+
+    order = _order(e, c)
 
     def body(i: Value, sums: list[Value]) -> list[Value]:
-        step = e.at(w, e.b.mul(i, e.i64(c.bytes)))
-        e.prefetch(step, PREFETCH, c.bytes)
-        a, b = scales(e, c, step)
-        offsets = [e.b.mul(i, e.i64(n)) for n in (c.weights, c.weights // 8, 4 * c.groups)]
-        here = [
-            Column(*(e.at(p, o) for p, o in zip((k.x, k.xd, k.xs), offsets, strict=True)))
-            for k in columns
-        ]
-        factors = [e.mul(a, _spread(e, c, k.xd)) for k in here]
+        step = e.at(row.w, e.b.mul(i, e.i64(c.bytes)))
+        e.prefetch(step, row.ahead, c.bytes)
+        a, m = scale_and_minimum(e, c, step)
+        target = e.b.mul(i, e.i64(4 * len(order)))
+        here = _here(e, c, columns, i)
+        for column, place in zip(here, kept, strict=True):
+            factors = e.mul(a, _spread(e, c, column.xd))
+            e.store(e.pick(factors, order), e.at(place, target))
+        if not c.has_minimum:
+            return []
+        xs = [e.load(vector(F32, c.groups), column.xs) for column in here]
+        return [e.fma(a if m is None else m, x, s) for x, s in zip(xs, sums, strict=True)]
+
+    zeros = [e.fill(F32, c.groups, 0.0)] * len(columns) * c.has_minimum
+    sums = [e.halve_sum(s) for s in e.loop(count, zeros, body)]
+    return [e.b.fmul(s, F32(c.offset)) for s in sums] if c.offset else sums
+
+
+def _width(e: Emit, c: Coding) -> int:
+    """Bytes of codes that are multiplied at once."""
+    return int(min(e.isa.ROW_WIDTH, c.weights))
+
+
+def _order(e: Emit, c: Coding) -> list[int]:
+    """Group whose factor stands at each place of a step's factors in memory.
+
+    Where a vector of sums spans several groups, the factors of its quarters (four lanes, 16
+    weights) lie four places apart, and those of the next vectors between them: a shuffle within
+    quarters then gives each lane its own.
+    """
+    width = _width(e, c)
+    if width <= c.fmt.group:
+        return list(range(c.groups))
+    quarters, vectors = width // 16, c.weights // width
+    return [
+        (16 * quarter + width * (first + k)) // c.fmt.group
+        for first in range(0, vectors, 4)
+        for quarter in range(quarters)
+        for k in range(4)
+    ]
+
+
+def _products(
+    e: Emit, c: Coding, row: Reader, columns: Sequence[Column], count: Value, kept: list[Value]
+) -> list[Value]:
+    """Scalar sum per column of integer dot products times their factors."""
+    width = _width(e, c)
+    unit = max(width, c.fmt.group)
+    chains = min(c.weights // unit, CHAINS)
+    size = 4 * len(_order(e, c))
+
+    def body(i: Value, sums: list[Value]) -> list[Value]:
+        step = e.at(row.w, e.b.mul(i, e.i64(c.bytes)))
+        xs = [column.x for column in _here(e, c, columns, i)]
+        factors = [e.at(place, e.b.mul(i, e.i64(size))) for place in kept]
         for n, first in enumerate(range(0, c.weights, unit)):
-            parts = _unit(e, c, step, [k.x for k in here], first, unit, width)
-            lanes = [(first + 4 * k % unit) // c.fmt.group for k in range(width // 4)]
-            for k, part in enumerate(parts):
-                slot = k * each + n % chains
-                sums[slot] = e.fma(part, e.pick(factors[k], lanes), sums[slot])
-        if b is not None:
-            for k, column in enumerate(here):
-                group_sums = e.load(vector(F32, c.groups), column.xs)
-                slot = k * each + chains
-                sums[slot] = e.fma(b, group_sums, sums[slot])
+            for k, part in enumerate(_unit(e, c, step, xs, first, unit, width)):
+                slot = k * chains + n % chains
+                sums[slot] = e.fma(part, _spread_out(e, c, factors[k], first, width), sums[slot])
         return sums
 
-    sums = e.loop(count, zeros * len(columns), body)
-    own = [sums[k * each : (k + 1) * each] for k in range(len(columns))]
-    return [_total(e, s[:chains], s[chains:]) for s in own]
+    sums = e.loop(count, [e.fill(F32, width // 4, 0.0)] * chains * len(columns), body)
+    return [e.halve_sum(_sum(e, sums[k * chains : (k + 1) * chains])) for k in range(len(columns))]
 
 
-def _total(e: Emit, chains: list[Value], minimum: list[Value]) -> Value:
-    total = e.halve_sum(_sum(e, chains))
-    return e.b.fadd(total, e.halve_sum(minimum[0])) if minimum else total
+def _spread_out(e: Emit, c: Coding, factors: Value, first: int, width: int) -> Value:
+    """f32 lanes: for each the factor of its group, in the vector that starts at weight `first`."""
+    lanes = width // 4
+    if width <= c.fmt.group:
+        return e.splat(e.load(F32, factors, 4 * (first // c.fmt.group)), lanes)
+    vectors, k = divmod(first // width, 4)
+    loaded = e.load(vector(F32, lanes), factors, 4 * lanes * vectors)
+    return e.pick(loaded, [4 * (lane // 4) + k for lane in range(lanes)])
 
 
 def _unit(
@@ -137,16 +214,18 @@ def floats_at(e: Emit, fmt: BlockFormat, pointer: Value, lanes: int) -> Value:
     return e.b.bitcast(e.b.shl(wide, e.fill(I32, lanes, 16)), vector(F32, lanes))
 
 
-def _float_dots(e: Emit, fmt: BlockFormat, w: Value, xs: list[Value], cols: Value) -> list[Value]:
+def _float_dots(
+    e: Emit, fmt: BlockFormat, row: Reader, xs: list[Value], cols: Value
+) -> list[Value]:
     lanes, chains = e.isa.WIDTH // 4, 4
     step = lanes * chains
     steps = e.b.udiv(cols, e.i64(step))
 
     def body(i: Value, sums: list[Value]) -> list[Value]:
         first = e.b.mul(i, e.i64(step))
-        wi = e.at(w, e.b.mul(first, e.i64(fmt.bytes)))
+        wi = e.at(row.w, e.b.mul(first, e.i64(fmt.bytes)))
         xi = [e.at(x, e.b.mul(first, e.i64(4))) for x in xs]
-        e.prefetch(wi, PREFETCH, step * fmt.bytes)
+        e.prefetch(wi, row.ahead, step * fmt.bytes)
         for k in range(chains):
             wv = floats_at(e, fmt, e.at(wi, k * lanes * fmt.bytes), lanes)
             for n, x in enumerate(xi):
@@ -156,7 +235,7 @@ def _float_dots(e: Emit, fmt: BlockFormat, w: Value, xs: list[Value], cols: Valu
 
     def rest(i: Value, sums: list[Value]) -> list[Value]:
         k = e.b.add(e.b.mul(steps, e.i64(step)), i)
-        wv = floats_at(e, fmt, e.at(w, e.b.mul(k, e.i64(fmt.bytes))), 1)
+        wv = floats_at(e, fmt, e.at(row.w, e.b.mul(k, e.i64(fmt.bytes))), 1)
         loaded = [e.load(vector(F32, 1), x, e.b.mul(k, e.i64(4))) for x in xs]
         return [e.fma(wv, xv, s) for xv, s in zip(loaded, sums, strict=True)]
 

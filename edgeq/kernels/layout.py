@@ -15,7 +15,12 @@ TASK_SHIFT = 9  # a task number: a count, and below it how many threads (1..256)
 
 TILE_KEYS = 16  # keys side by side in the K cache
 KEYS = 128  # keys per step of online softmax
+PREFETCH = (
+    4096  # bytes that a row is asked for in advance, unless a machine does better with others
+)
 COLUMNS = 4  # columns of activations that share one reading of a row of weights
+ROWS_AT_ONCE = 16  # rows whose products with them are kept before they are written
+SPARE = 4 * COLUMNS * ROWS_AT_ONCE  # bytes of these products; the scratch memory of rows follows
 DOT_CHAINS = 12  # independent sums of the dot-product probe: more than its latency
 
 # Argument blocks, by kernel. Everywhere: state = [tokens, first position]; eps, scale: f32 bits;
@@ -46,10 +51,12 @@ PREPARE = (
 )
 
 # x, xd, xs: activations as rows.quantize_row leaves them (float formats: x f32[token][cols]);
-# bias: 0 or address of f32[rows]; add: 1 to add to out; group: panels unpacked at a time
+# bias: 0 or address of f32[rows]; add: 1 to add to out; group: panels unpacked at a time; ahead:
+# bytes of a row that are asked for in advance; chunk: rows that threads take in turns, 0: each its
+# share in one piece
 MATMUL = (
     "state", "w", "rows", "cols", "row_bytes", "x", "xd", "xs", "out", "stride", "bias", "add",
-    "scratch", "scratch_bytes", "group",
+    "scratch", "scratch_bytes", "group", "ahead", "chunk",
 )  # fmt: skip
 
 # q, k, v f32[tokens][heads][head_dim]; cos, sin f32[tokens][pairs]; a pair is (i·step, i·step +
@@ -89,3 +96,8 @@ def matmul_scratch(panels: int, lanes: int, columns: int) -> int:
     results.
     """
     return panels + 256 * lanes + 4 * lanes * columns
+
+
+def matvec_scratch(cols: int) -> int:
+    """Bytes per thread of a row product: sums, and for each column a factor per 16 weights."""
+    return SPARE + COLUMNS * 4 * (-(-cols // 256) * 16)

@@ -5,11 +5,12 @@ from typing import Any
 
 from edgeq.blocks import BlockFormat
 from edgeq.kernels.codes import plain
-from edgeq.kernels.dot import Column, row_dots
-from edgeq.kernels.layout import COLUMNS, MATMUL
+from edgeq.kernels.dot import Column, Reader, row_dots
+from edgeq.kernels.layout import COLUMNS, MATMUL, ROWS_AT_ONCE, SPARE
 from edgeq.kernels.llvm import F32, Emit, Value, vector
+from edgeq.kernels.rows import each
 from edgeq.kernels.tile import float_panel, float_tile, quant_panel, quant_tile, rows_of
-from edgeq.kernels.words import emitted, f32_at, f32_set, load, smaller
+from edgeq.kernels.words import emitted, load, smaller
 
 __all__ = ["matmul", "matvec"]
 
@@ -17,44 +18,56 @@ ALONE = 3  # fewer than so many are faster one by one
 
 (
     STATE, W, ROWS, COLS, ROW_BYTES, X, XD, XS, OUT, STRIDE, BIAS, ADD, SCRATCH, SCRATCH_BYTES,
-    GROUP,
+    GROUP, AHEAD, CHUNK,
 ) = range(len(MATMUL))  # fmt: skip
 
 
 def matvec(isa: ModuleType, fmt: BlockFormat) -> Any:
-    """Few columns: a thread streams its share of the rows once, for up to COLUMNS of them at a
-    time; further columns find the row in L1.
+    """Few columns: a thread streams its rows once, ROWS_AT_ONCE after the other for up to COLUMNS
+    columns; further columns find them in L2.
     """
-    one, several = _dots(isa, fmt, 1), _dots(isa, fmt, COLUMNS)
+    one, several, write = _dots(isa, fmt, 1), _dots(isa, fmt, COLUMNS), _writer(isa)
 
     def kernel(args, thread, threads):
         tokens = load(load(args, STATE), 0)
-        rows, cols, row_bytes = load(args, ROWS), load(args, COLS), load(args, ROW_BYTES)
-        w, x, xd, xs = load(args, W), load(args, X), load(args, XD), load(args, XS)
+        rows, row_bytes, w = load(args, ROWS), load(args, ROW_BYTES), load(args, W)
+        x, xd, xs, cols = load(args, X), load(args, XD), load(args, XS), load(args, COLS)
+        ahead, chunk = load(args, AHEAD), load(args, CHUNK)
         sums = load(args, SCRATCH) + thread * load(args, SCRATCH_BYTES)
-        for r in range(rows * thread // threads, rows * (thread + 1) // threads):
-            row = w + r * row_bytes
-            t = 0
-            while t < tokens:
-                if tokens - t < ALONE:
-                    n = 1
-                    one(row, x, xd, xs, cols, t, tokens, sums)
-                else:
-                    n = smaller(COLUMNS, tokens - t)
-                    several(row, x, xd, xs, cols, t, tokens, sums)
-                finish(args, sums, r, t, n, 1)
-                t += n
+        first, last = rows * thread // threads, rows * (thread + 1) // threads
+        size, stride = last - first, rows
+        if chunk > 0:
+            first, last, size, stride = thread * chunk, rows, chunk, threads * chunk
+        while first < last:
+            r, end = first, smaller(first + size, last)
+            while r < end:
+                n = smaller(ROWS_AT_ONCE, end - r)
+                at = w + r * row_bytes
+                t = 0
+                while t < tokens:
+                    if tokens - t < ALONE:
+                        done = 1
+                        one(at, row_bytes, n, x, xd, xs, cols, t, tokens, ahead, sums)
+                    else:
+                        done = smaller(COLUMNS, tokens - t)
+                        several(at, row_bytes, n, x, xd, xs, cols, t, tokens, ahead, sums)
+                    write(args, sums, r, n, t, done, ROWS_AT_ONCE)
+                    t += done
+                r += n
+            first += stride
 
     return kernel
 
 
 def _dots(isa: ModuleType, fmt: BlockFormat, columns: int) -> Any:
-    """Emitted function: products of a row with `columns` columns of x from the first on."""
+    """Emitted function: products of some rows with `columns` columns of x from the first on, to
+    sums [columns][ROWS_AT_ONCE], behind which scratch memory begins.
+    """
     x_bytes, group = (4, 32) if plain(fmt) else (1, fmt.group)
 
     def emit(e: Emit, *v: Value) -> None:
-        w, x, xd, xs = (e.pointer(address) for address in v[:4])
-        cols, first, last, out = v[4], v[5], e.b.sub(v[6], e.i64(1)), e.pointer(v[7])
+        stride, rows, cols, first, last = v[1], v[2], v[6], v[7], e.b.sub(v[8], e.i64(1))
+        w, x, xd, xs, sums = (e.pointer(v[k]) for k in (0, 3, 4, 5, 10))
         wanted = []
         for k in range(columns):
             # There may be fewer columns than lanes: the last one takes their place.
@@ -64,16 +77,66 @@ def _dots(isa: ModuleType, fmt: BlockFormat, columns: int) -> Any:
             d, s = (e.b.mul(e.b.udiv(at, e.i64(n)), e.i64(4)) for n in (32, group))
             place = e.at(x, e.b.mul(at, e.i64(x_bytes)))
             wanted.append(Column(place, e.at(xd, d), e.at(xs, s)))
-        for k, total in enumerate(row_dots(e, fmt, w, wanted, cols)):
-            e.store(total, out, 4 * k)
 
-    return emitted(isa, emit, "i" * 8)
+        def one_row(r: Value, _: list[Value]) -> list[Value]:
+            row = Reader(e.at(w, e.b.mul(r, stride)), v[9], e.at(sums, SPARE))
+            for k, total in enumerate(row_dots(e, fmt, row, wanted, cols)):
+                e.store(total, e.at(sums, e.b.mul(r, e.i64(4))), 4 * ROWS_AT_ONCE * k)
+            return []
+
+        e.loop(rows, [], one_row)
+
+    return emitted(isa, emit, "i" * 11)
+
+
+def _writer(isa: ModuleType) -> Any:
+    """Numba function: sums [tokens][stride] to out, `count` rows from `row` on, tokens from `token`
+    on.
+    """
+    from numba import njit
+
+    plainly, biased, added, both = (
+        _write(isa, bias, add) for add in (False, True) for bias in (False, True)
+    )
+
+    @njit(nogil=True, error_model="numpy", forceinline=True)
+    def write(args, sums, row, count, token, tokens, stride):
+        bias, add = load(args, BIAS), load(args, ADD)
+        for t in range(tokens):
+            source = sums + 4 * t * stride
+            out = load(args, OUT) + 4 * ((token + t) * load(args, STRIDE) + row)
+            if bias != 0 and add != 0:
+                both(source, out, bias + 4 * row, count)
+            elif bias != 0:
+                biased(source, out, bias + 4 * row, count)
+            elif add != 0:
+                added(source, out, 0, count)
+            else:
+                plainly(source, out, 0, count)
+
+    return write
+
+
+def _write(isa: ModuleType, bias: bool, add: bool) -> Any:
+    def emit(e: Emit, source: Value, out: Value, extra: Value, count: Value) -> None:
+        s, o, b = (e.pointer(p) for p in (source, out, extra))
+
+        def body(offset: Value, lanes: int) -> None:
+            v = e.load(vector(F32, lanes), s, offset)
+            v = e.add(v, e.load(vector(F32, lanes), b, offset)) if bias else v
+            v = e.add(v, e.load(vector(F32, lanes), o, offset)) if add else v
+            e.store(v, o, offset)
+
+        each(e, count, body)
+
+    return emitted(isa, emit, "iiii")
 
 
 def matmul(isa: ModuleType, fmt: BlockFormat) -> Any:
     """Many columns: unpack a few panels of rows into L2, multiply them with each tile of columns,
     write the sums.
     """
+    write = _writer(isa)
     unpack, multiply = _float_parts(isa, fmt) if plain(fmt) else _quant_parts(isa, fmt)
     lanes, columns = isa.WIDTH // 4, isa.TILE_COLS
     per_word, per_scale, x_bytes = (1, 0, 4) if plain(fmt) else (4, fmt.group, 1)
@@ -122,41 +185,19 @@ def matmul(isa: ModuleType, fmt: BlockFormat) -> Any:
                         cols,
                         sums,
                     )
-                    finish(
+                    n = smaller(columns, tokens - t * columns)
+                    write(
                         args,
                         sums,
                         p * lanes,
+                        smaller(lanes, rows - p * lanes),
                         t * columns,
-                        smaller(columns, tokens - t * columns),
+                        n,
                         lanes,
                     )
             first = end
 
     return kernel
-
-
-def _finisher() -> Any:
-    from numba import njit
-
-    @njit(nogil=True, error_model="numpy", forceinline=True)
-    def finish(args, sums, first, token, tokens, lanes):
-        """Write sums [tokens][lanes] to out: rows from `first` on, tokens from `token` on."""
-        rows, out, stride = load(args, ROWS), load(args, OUT), load(args, STRIDE)
-        bias, add = load(args, BIAS), load(args, ADD)
-        for t in range(tokens):
-            for r in range(smaller(lanes, rows - first)):
-                value = f32_at(sums, t * lanes + r)
-                slot = (token + t) * stride + first + r
-                if bias != 0:
-                    value += f32_at(bias, first + r)
-                if add != 0:
-                    value += f32_at(out, slot)
-                f32_set(out, slot, value)
-
-    return finish
-
-
-finish = _finisher()
 
 
 def _quant_parts(isa: ModuleType, fmt: BlockFormat) -> tuple[Any, Any]:

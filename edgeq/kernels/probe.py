@@ -5,8 +5,7 @@ dot products.
 from types import ModuleType
 from typing import Any
 
-from edgeq.kernels.dot import PREFETCH
-from edgeq.kernels.layout import DOT_CHAINS
+from edgeq.kernels.layout import DOT_CHAINS, PREFETCH
 from edgeq.kernels.llvm import I8, I32, Emit, Value, vector
 from edgeq.kernels.words import emitted, load
 

@@ -86,6 +86,7 @@ class Transformer:
         for m in self.weights.matrices:
             panels = self._panels(m) * self._panel_bytes(m)
             yield layout.matmul_scratch(panels, lanes, self.isa.TILE_COLS)
+            yield layout.matvec_scratch(m.cols)
 
     def _panel_bytes(self, m: Matrix) -> int:
         lanes = self.isa.WIDTH // 4
@@ -217,6 +218,8 @@ class Transformer:
             scratch=_address(self._scratch),
             scratch_bytes=self._scratch_bytes,
             group=self._panels(m),
+            ahead=layout.PREFETCH,
+            chunk=0,
         )
         return Op(f"{'matmul' if many else 'matvec'}/{m.format.name}", args, barrier)
 

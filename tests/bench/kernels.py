@@ -30,7 +30,8 @@ def op(name: str, fmt: blocks.BlockFormat, w: np.ndarray, tokens: int, threads: 
     columns = -(-tokens // isa.TILE_COLS) * isa.TILE_COLS
     plain, lanes = fmt.value == "x", isa.WIDTH // 4
     panels = layout.panel_bytes(COLS, fmt.group, lanes, plain)
-    size = -(-layout.matmul_scratch(panels, lanes, isa.TILE_COLS) // 64) * 64
+    size = max(layout.matmul_scratch(panels, lanes, isa.TILE_COLS), layout.matvec_scratch(COLS))
+    size = -(-size // 64) * 64
     buffers = {
         "state": aligned(16),
         "x": aligned(4 * columns * COLS),
@@ -42,7 +43,15 @@ def op(name: str, fmt: blocks.BlockFormat, w: np.ndarray, tokens: int, threads: 
     buffers["state"].view(np.int64)[0] = tokens
     places = {key: int(value.ctypes.data) for key, value in buffers.items()}
     numbers = {"rows": rows, "cols": COLS, "row_bytes": w.shape[1], "stride": rows}
-    numbers |= {"bias": 0, "add": 0, "scratch_bytes": size, "group": 1, "w": int(w.ctypes.data)}
+    numbers |= {
+        "bias": 0,
+        "add": 0,
+        "scratch_bytes": size,
+        "group": 1,
+        "ahead": layout.PREFETCH,
+        "chunk": 0,
+        "w": int(w.ctypes.data),
+    }
     made = Op(f"{name}/{fmt.name}", arguments(layout.MATMUL, **places, **numbers))
     KEPT.extend([w, *buffers.values()])
     return made

@@ -13,6 +13,8 @@ RANK = 40
 NEEDS = frozenset({"avx512f", "avx512bw", "avx512vl", "avx512vnni", "fma", "f16c"})
 CPU = {"x86_64": "icelake-server"}
 WIDTH = 64
+ROW_WIDTH = 32
+SPREADS_FROM_MEMORY = True
 TILE_COLS = 8
 OFFSET = 128
 

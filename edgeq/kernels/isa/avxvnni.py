@@ -11,6 +11,8 @@ RANK = 30
 NEEDS = frozenset({"avx2", "fma", "f16c", "avxvnni"})
 CPU = {"x86_64": "alderlake"}
 WIDTH = 32
+ROW_WIDTH = 32
+SPREADS_FROM_MEMORY = True
 TILE_COLS = 4
 OFFSET = 128  # vpdpbusd multiplies unsigned by signed bytes: signed codes are shifted up
 

@@ -11,6 +11,8 @@ RANK = 20
 NEEDS = frozenset({"neon", "dotprod"})
 CPU = {"aarch64": "cortex-a76"}
 WIDTH = 16
+ROW_WIDTH = 16
+SPREADS_FROM_MEMORY = False
 TILE_COLS = 8
 OFFSET = 0
 

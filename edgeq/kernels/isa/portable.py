@@ -9,6 +9,8 @@ RANK = 0
 NEEDS: frozenset[str] = frozenset()
 CPU = {"x86_64": "x86-64", "aarch64": "generic"}  # what EDGEQ_ISA compiles for
 WIDTH = 16  # bytes per vector register
+ROW_WIDTH = 16
+SPREADS_FROM_MEMORY = False
 TILE_COLS = 4  # columns that a register tile of the prefill kernel multiplies at once
 OFFSET = 0  # added to signed 8-bit codes before `dot`
 
