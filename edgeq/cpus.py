@@ -123,7 +123,7 @@ def _speeds(root: Path, places: dict[int, Path]) -> dict[int, float]:
 
 def _quota(root: Path) -> float | None:
     """CPUs' worth of time allowed by the cgroups that this process is in, and those above."""
-    quotas = []
+    quotas: list[float] = []
     for line in _text(root / "proc/self/cgroup").splitlines():
         _, controllers, path = [*line.split(":", 2), "", ""][:3]
         top = root / "sys/fs/cgroup"

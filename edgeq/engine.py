@@ -34,6 +34,7 @@ from edgeq.models import rope, weights
 from edgeq.models.transformer import FEW, Transformer
 from edgeq.sampler import Sampler
 from edgeq.tokenizer import load_tokenizer
+from edgeq.tuning import tuned
 
 if TYPE_CHECKING:
     from edgeq.models.arch import Arch
@@ -120,7 +121,14 @@ class Model:
         batch = min(BATCH, store.context)
         outputs = min(OUTPUTS, batch)
         self._net = Transformer(
-            self.arch, bound, store, isa, threads=self._workers, batch=batch, outputs=outputs
+            self.arch,
+            bound,
+            store,
+            isa,
+            threads=self._workers,
+            batch=batch,
+            outputs=outputs,
+            tuning=tuned(isa, self.threads, self._cpus.usable, on_compile),
         )
         self._batch, self._outputs = batch, outputs
         products = bound.matrices

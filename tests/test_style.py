@@ -24,7 +24,7 @@ LAYERS = [
     {"checks", "cpus", "data", "errors", "memory", "text", "vocab"},
     {"blockformat", "blocks", "gguf", "checkpoint"},
     {"kernels"},
-    {"models", "tokenizer", "sampler", "cache", "quantizers", "recipe", "sandbox"},
+    {"models", "tokenizer", "sampler", "cache", "quantizers", "recipe", "sandbox", "tuning"},
     {
         "answer",
         "draft",

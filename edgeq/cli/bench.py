@@ -65,7 +65,8 @@ def _list_option(*flags: str, text: str) -> Callable[[Any], Any]:
 @click.option(
     "--delay", type=click.FloatRange(0, 3600), default=0, help="Seconds to rest before each test."
 )
-@click.option("--limits", is_flag=True, help="Measure the machine itself, for 1 to -t threads.")
+@click.option("--limits", is_flag=True, help="Show what the machine can do at most, without MODEL.")
+@click.option("--tune", is_flag=True, help="Find anew what suits this machine's memory best.")
 @click.option(
     "-o",
     "--output",
@@ -85,6 +86,7 @@ def command(
     no_warmup: bool,
     delay: float,
     limits: bool,
+    tune: bool,
     output: str,
 ) -> None:
     """Measure how fast MODEL reads prompts (pp) and generates (tg): tokens per second, mean ± σ.
@@ -92,10 +94,15 @@ def command(
     Flags, columns and JSON fields are named as in llama-bench. A list is written 128,512, a range
     0-2048+512 or 1-8*2. pp512 @ d2048: with 2048 tokens before.
     """
-    if limits:
-        _print(_LIMITS[output](_limits(threads)))
-    elif not (*models, *more):
+    models = (*models, *more)
+    if not (models or limits or tune):
         raise click.UsageError("Missing argument 'MODEL...'.")
+    if limits:
+        _print(_MACHINE[output](_machine(_limits, threads)), err=bool(models))
+    if tune:
+        _print(_MACHINE[output](_machine(_tuning, threads)), err=bool(models))
+    if not models:
+        return
     from edgeq.bench import Plan
 
     plan = Plan(
@@ -108,13 +115,12 @@ def command(
         warm_up=not no_warmup,
         delay=delay,
     )
-    if models or more:
-        _print(_ROWS[output](_rows((*models, *more), plan)))
+    _print(_ROWS[output](_rows(models, plan)))
 
 
-def _print(lines: Iterable[str]) -> None:
+def _print(lines: Iterable[str], err: bool = False) -> None:
     for line in lines:
-        click.echo(line)
+        click.echo(line, err=err)
 
 
 def _rows(models: Iterable[str], plan: "Plan") -> "Iterator[Row]":
@@ -135,30 +141,45 @@ def _rows(models: Iterable[str], plan: "Plan") -> "Iterator[Row]":
         status.clear()
 
 
-def _limits(threads: list[int]) -> Iterator[dict[str, Any]]:
-    """The machine's limits for each thread count, measured now and kept for later runs."""
+def _machine(
+    measure: Callable[[int, int], dict[str, Any]], threads: list[int]
+) -> Iterator[dict[str, Any]]:
+    """What `measure` finds about the machine for each thread count, and keeps for later runs."""
     from edgeq import cpus
     from edgeq.checks import whole
-    from edgeq.limits import measured
 
     machine, status = cpus.find(), Status()
     counts = [whole("threads", n, 1, 256) for n in threads or range(1, machine.threads + 1)]
     try:
         for count in counts:
             if is_terminal(sys.stderr):
-                status(f"measuring this machine: {count} threads")
-            found = asdict(measured(count, machine.usable, again=True))
+                status(f"measuring this machine: {count} thread{'s' * (count > 1)}")
+            found = measure(count, machine.usable)
             status.clear()
             yield found
     finally:
         status.clear()
 
 
+def _limits(threads: int, cores: int) -> dict[str, Any]:
+    from edgeq.limits import measured
+
+    return asdict(measured(threads, cores, again=True))
+
+
+def _tuning(threads: int, cores: int) -> dict[str, Any]:
+    from edgeq.kernels import isa
+    from edgeq.tuning import tuned
+
+    return {"threads": threads, **asdict(tuned(isa.choose(), threads, cores, again=True))}
+
+
 # -- formats ---------------------------------------------------------------------------------------
 def _markdown(rows: "Iterable[Row]") -> Iterator[str]:
-    yield "| model | size | params | backend | threads | test | t/s | of this machine | peak RAM |"
-    yield "| --- | ---: | ---: | --- | ---: | ---: | ---: | ---: | ---: |"
-    for row in rows:
+    for i, row in enumerate(rows):
+        if not i:
+            yield f"| {' | '.join(_COLUMNS)} |"
+            yield "| --- | ---: | ---: | --- | ---: | ---: | ---: | ---: | ---: |"
         cells = (
             row.model_type,
             human(row.model_size),
@@ -173,11 +194,13 @@ def _markdown(rows: "Iterable[Row]") -> Iterator[str]:
         yield f"| {' | '.join(str(cell) for cell in cells)} |"
 
 
-def _markdown_limits(limits: Iterable[dict[str, Any]]) -> Iterator[str]:
-    yield "| threads | read GB/s | dot GMAC/s |"
-    yield "| ---: | ---: | ---: |"
-    for found in limits:
-        yield f"| {found['threads']} | {found['read_gbs']:.1f} | {found['dot_gmacs']:.0f} |"
+def _markdown_machine(records: Iterable[dict[str, Any]]) -> Iterator[str]:
+    for i, record in enumerate(records):
+        if not i:
+            yield f"| {' | '.join(_NAMES.get(key, key) for key in record)} |"
+            yield "|" + " ---: |" * len(record)
+        shown = (f"{v:.1f}" if isinstance(v, float) else str(v) for v in record.values())
+        yield f"| {' | '.join(shown)} |"
 
 
 def _billions(count: int) -> str:
@@ -217,7 +240,15 @@ def _jsonl(records: Iterable[dict[str, Any]]) -> Iterator[str]:
     return (json.dumps(record) for record in records)
 
 
-_LIMITS = {"md": _markdown_limits, "csv": _csv, "json": _json, "jsonl": _jsonl}
+_COLUMNS = ["model", "size", "params", "backend", "threads", "test"]
+_COLUMNS += ["t/s", "of this machine", "peak RAM"]
+_NAMES = {
+    "read_gbs": "read GB/s",
+    "dot_gmacs": "dot GMAC/s",
+    "ahead": "prefetch bytes ahead",
+    "chunk": "rows at a time (0: all)",
+}
+_MACHINE = {"md": _markdown_machine, "csv": _csv, "json": _json, "jsonl": _jsonl}
 _ROWS: "dict[str, Callable[[Iterable[Row]], Iterator[str]]]" = {
     "md": _markdown,
     "csv": lambda rows: _csv(_dicts(rows)),

@@ -18,6 +18,7 @@ from edgeq.kernels import layout
 from edgeq.kernels.program import Op, aligned, arguments
 from edgeq.models.arch import Arch
 from edgeq.models.weights import Layer, Matrix, Weights
+from edgeq.tuning import Tuning
 
 __all__ = ["FEW", "Transformer"]
 
@@ -41,8 +42,10 @@ class Transformer:
         threads: int,
         batch: int,
         outputs: int,
+        tuning: Tuning | None = None,
     ) -> None:
         self.arch, self.weights, self.kv, self.isa, self.threads = arch, weights, kv, isa, threads
+        self.tuning = tuning or Tuning()
         self.state = np.zeros(2, np.int64)  # tokens in this batch, position of the first
         self.out_state = np.zeros(2, np.int64)  # how many of the last tokens want logits
         self.ids = np.zeros(batch, np.int32)
@@ -218,8 +221,8 @@ class Transformer:
             scratch=_address(self._scratch),
             scratch_bytes=self._scratch_bytes,
             group=self._panels(m),
-            ahead=layout.PREFETCH,
-            chunk=0,
+            ahead=self.tuning.ahead,
+            chunk=self.tuning.chunk,
         )
         return Op(f"{'matmul' if many else 'matvec'}/{m.format.name}", args, barrier)
 

@@ -16,7 +16,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -176,24 +176,28 @@ def compare(path: str, args: argparse.Namespace) -> dict[str, Any]:
     if sys.stderr.isatty():
         print("\r\x1b[K", end="", file=sys.stderr)
 
-    def median(value: Callable[[dict[str, Any]], float]) -> float:
-        return statistics.median(value(measured) for measured in found)
-
-    facts = found[0]["facts"]
+    first = found[0]["facts"]
     out: dict[str, Any] = {"file": Path(path).stem, "MiB": Path(path).stat().st_size / 2**20}
-    out |= {"isa": facts["isa"], "threads": args.threads, "depth": args.depth}
-    for test, cost in (("pp", facts["macs"]), ("tg", facts["bytes"])):
-        speeds = {n: median(lambda r: r["speeds"][test][n]) for n in ENGINES}  # noqa: B023
-        peer = max(ENGINES[1:], key=lambda n: speeds[n])  # noqa: B023
-        out[test] = {
-            **speeds,
-            "peer": peer,
-            "ratio": median(lambda r: r["speeds"][test]["edgeq"] / r["speeds"][test][peer]),  # noqa: B023
-            "limit": median(lambda r: r["limits"][test]),  # noqa: B023
-            "share": median(lambda r: r["speeds"][test]["edgeq"] * cost / 1e9 / r["limits"][test]),  # noqa: B023
-        }
-    out["peak_MiB"] = {name: max(r["rss"][name] for r in found) for name in ENGINES}
+    out |= {"isa": first["isa"], "threads": args.threads, "depth": args.depth}
+    for test, cost in (("pp", first["macs"]), ("tg", first["bytes"])):
+        speeds = [measured["speeds"][test] for measured in found]
+        out[test] = summary(speeds, cost / 1e9, [measured["limits"][test] for measured in found])
+    out["peak_MiB"] = {name: max(measured["rss"][name] for measured in found) for name in ENGINES}
     return out
+
+
+def summary(speeds: list[dict[str, float]], cost: float, limits: list[float]) -> dict[str, Any]:
+    """One test over the rounds; cost: what a token takes of the limit."""
+    medians: dict[str, float] = {n: statistics.median(s[n] for s in speeds) for n in ENGINES}
+    peer = max(ENGINES[1:], key=lambda name: medians[name])
+    shares = [s["edgeq"] * cost / limit for s, limit in zip(speeds, limits)]
+    return {
+        **medians,
+        "peer": peer,
+        "ratio": statistics.median(s["edgeq"] / s[peer] for s in speeds),
+        "limit": statistics.median(limits),
+        "share": statistics.median(shares),
+    }
 
 
 def row(found: dict[str, Any]) -> str:
