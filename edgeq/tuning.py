@@ -62,6 +62,7 @@ def tuned(
         found = measure(isa, threads, cores, progress)
     except MemoryError:
         return Tuning()
+    memory.restart_peak()  # what this took, once per machine, is no part of what a model needs
     cache.remember(name, isa, asdict(found))
     return found
 
