@@ -1,10 +1,15 @@
 # make demo   convert the small model in examples/ and ask it three questions
-# make test   all tests          make lint   ruff and mypy          make bench   speed on this machine
+# make test   all tests          make lint   ruff and mypy
+# make bench  speed on this machine, as in the README: llama-bench's rows for models of TinyLlama's
+#             shape with random weights (FILES, some 600 to 1200 MB each, made once). With
+#             PEER=python, an interpreter with llama-cpp-python, beside llama.cpp.
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 MODEL  := demo/tiny-home-Q4_K_M.gguf
 PYTEST ?= -n 2
+FILES  ?= Q4_K_M Q8_0
+BENCH  := $(FILES:%=demo/tinyllama-%.gguf)
 
 .DEFAULT_GOAL := demo
 .PHONY: demo test lint bench clean
@@ -41,8 +46,14 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(MODEL)
-	$(BIN)/edgeq bench $(MODEL) -p 128 -n 64
+demo/tinyllama-%.gguf: tests/bench/tinyllama.py $(VENV)/.installed
+	@mkdir -p $(@D)
+	$(BIN)/python tests/bench/tinyllama.py $@ $*
+
+bench: $(BENCH)
+	$(BIN)/edgeq bench --limits
+	$(BIN)/edgeq bench $(BENCH)
+	$(if $(PEER),$(BIN)/python tests/bench/peers.py $(BENCH) --peer-python $(PEER) --threads $$(nproc))
 
 clean:
 	rm -rf $(VENV) demo

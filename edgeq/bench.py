@@ -1,25 +1,75 @@
 """Speed of a model on this machine, in llama-bench's terms: pp512 reads, tg128 generates."""
 
+import itertools
 import platform
 import statistics
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from time import perf_counter_ns
 from typing import Any
 
 import numpy as np
 
-from edgeq import memory
-from edgeq.engine import Model, cores, load
+from edgeq import cpus, memory
+from edgeq.checks import whole
+from edgeq.engine import Model, load
 from edgeq.errors import RequestError
 from edgeq.limits import measured
 
-__all__ = ["GEN", "PROMPT", "Row", "run"]
+__all__ = ["GEN", "PROMPT", "Plan", "Row", "run"]
 
 PROMPT, GEN = 512, 128  # tokens; llama-bench's defaults
+WARM_UP = 4  # generated tokens before those that count
 Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to measure: for each model, thread count and depth, all prompts, then all generations.
+
+    prompts, gens: lengths in tokens; by default PROMPT and GEN, or what the model's context holds.
+    depths: tokens in the KV cache before. threads: None = the model's default. threads_batch: those
+    of prompts, None = as threads. delay: seconds to rest before each test.
+    """
+
+    prompts: Sequence[int] | None = None
+    gens: Sequence[int] | None = None
+    depths: Sequence[int] = (0,)
+    threads: Sequence[int | None] = (None,)
+    threads_batch: Sequence[int | None] = (None,)
+    reps: int = 5
+    warm_up: bool = True
+    delay: float = 0
+
+    def tests(self, context: int) -> list["Test"]:
+        """Tests for a model with this context, at each depth."""
+        found = []
+        for depth in self.depths:
+            room = max(context - depth, 1)
+            prompts = [min(PROMPT, room)] if self.prompts is None else self.prompts
+            gens = [min(GEN, room)] if self.gens is None else self.gens
+            found += [Test(depth, n, 0) for n in prompts] + [Test(depth, 0, n) for n in gens]
+        return list(dict.fromkeys(found))
+
+
+@dataclass(frozen=True)
+class Test:
+    """One length, read or generated after `depth` tokens."""
+
+    depth: int
+    prompt: int
+    gen: int
+
+    @property
+    def size(self) -> int:
+        """Tokens in the cache in the end."""
+        return self.depth + self.prompt + self.gen
+
+    def __str__(self) -> str:
+        kind = f"pp{self.prompt}" if self.prompt else f"tg{self.gen}"
+        return f"{kind} @ d{self.depth}" if self.depth else kind
 
 
 @dataclass(frozen=True)
@@ -48,75 +98,102 @@ class Row:
     stddev_ts: float
     samples_ns: list[int]
     samples_ts: list[float]
-    peak_rss: int  # bytes of memory this process has used at most
+    peak_rss: int  # bytes of memory this process has used at most since the model was opened
     rate: float  # generation: GB/s of weights read; prompts: GMAC/s
     limit: float  # the same for this machine at its best, see edgeq.limits
 
 
 def run(
-    path: str | Path,
+    paths: Iterable[str | Path],
+    plan: Plan,
     *,
-    prompts: Iterable[int] | None = None,
-    gens: Iterable[int] | None = None,
-    threads: int | None = None,
-    reps: int = 5,
-    depth: int = 0,
     progress: Progress | None = None,
     on_compile: Callable[[str, int, int], None] | None = None,
-) -> list[Row]:
-    """Measure each prompt length and each generation length; one warm-up each, not counted.
+) -> Iterator[Row]:
+    """Measure each model; rows come as they are done. Sampling and tokenizing are not timed.
 
-    prompts, gens: lengths in tokens; by default PROMPT and GEN, or what the model's context holds.
-    depth: tokens in the KV cache before. Sampling and tokenizing are not timed.
+    What is in the KV cache before a test is read once for all tests and repetitions that share it.
 
-    Raises RequestError when a test does not fit the model's context.
+    Raises RequestError when there is nothing to measure or a test does not fit a model's context.
     """
-    context = _context(path)
-    room = max(context - depth, 1)
-    prompts = [min(PROMPT, room)] if prompts is None else prompts
-    gens = [min(GEN, room)] if gens is None else gens
-    tests = [(n, 0) for n in prompts] + [(0, n) for n in gens]
+    for count in (*plan.threads, *plan.threads_batch):
+        whole("threads", 1 if count is None else count, 1, 256)
+    tests = {path: _fitting(path, plan) for path in paths}
+    machine = cpus.find()
+    for path in tests:
+        done: set[tuple[Test, int]] = set()
+        for t, tb in itertools.product(plan.threads, plan.threads_batch):
+            threads = machine.threads if t is None else t
+            batch = threads if tb is None else tb
+            # With lists of both, each test depends on one of them only.
+            todo = {test: batch if test.prompt else threads for test in tests[path]}
+            todo = {test: count for test, count in todo.items() if (test, count) not in done}
+            if todo:
+                done.update(todo.items())
+                options = {"threads": threads, "threads_batch": batch, "on_compile": on_compile}
+                yield from _series(path, todo, plan, progress, options)
+
+
+def _fitting(path: str | Path, plan: Plan) -> list[Test]:
+    """The tests for a model; all fit its context."""
+    from edgeq import models
+    from edgeq.gguf import open_gguf
+
+    with open_gguf(path) as gguf:
+        context = models.find(gguf.get("general.architecture", str)).arch(gguf).context_length
+    tests = plan.tests(context)
     if not tests:
         raise RequestError("bench: no tests: expected a prompt or a generation length")
-    need = depth + max(max(test) for test in tests)
+    need = max(test.size for test in tests)
     if need > context:
         raise RequestError(
             f"{path}: context length {context}: a test of {need} tokens does not fit: "
             "use smaller -p, -n or -d"
         )
-    with load(path, threads=threads, ctx=need, on_compile=on_compile) as model:
-        rows = [_measure(model, *test, depth, reps, progress) for test in tests]
-    # Last, since measuring the limits takes memory of its own.
-    limits = measured(rows[0].n_threads, cores())
-    return [
-        replace(row, limit=limits.dot_gmacs if row.n_prompt else limits.read_gbs) for row in rows
-    ]
+    return tests
 
 
-def _context(path: str | Path) -> int:
-    """The longest context of the model, in tokens."""
-    from edgeq import models
-    from edgeq.gguf import open_gguf
-
-    with open_gguf(path) as gguf:
-        return models.find(gguf.get("general.architecture", str)).arch(gguf).context_length
+def _series(
+    path: str | Path,
+    tests: dict[Test, int],
+    plan: Plan,
+    progress: Progress | None,
+    options: dict[str, Any],
+) -> Iterator[Row]:
+    """All tests of a model with certain thread counts."""
+    usable = cpus.find().usable
+    # First, since measuring the limits takes memory of its own.
+    limits = {count: measured(count, usable) for count in dict.fromkeys(tests.values())}
+    memory.restart_peak()
+    need = max(test.size for test in tests)
+    with load(path, ctx=need, **options) as model:
+        ids = np.random.default_rng(0).integers(0, model.arch.vocab_size, need).tolist()
+        for test, threads in tests.items():
+            time.sleep(plan.delay)
+            samples = _measure(model, test, ids, plan, progress)
+            best = limits[threads]
+            limit = best.dot_gmacs if test.prompt else best.read_gbs
+            yield Row(**_facts(model, threads), **_speeds(model, test, samples), limit=limit)
 
 
 def _measure(
-    model: Model, prompt: int, gen: int, depth: int, reps: int, progress: Progress | None
-) -> Row:
-    ids = np.random.default_rng(0).integers(0, model.arch.vocab_size, depth + prompt + gen).tolist()
-    name, samples = f"pp{prompt}" if prompt else f"tg{gen}", []
-    for i in range(reps + 1):
+    model: Model, test: Test, ids: list[int], plan: Plan, progress: Progress | None
+) -> list[int]:
+    """Nanoseconds of each repetition."""
+    samples = []
+    for i in range(0 if plan.warm_up else 1, plan.reps + 1):
         if progress:
-            progress(f"{name}: {'warm-up' if not i else f'run {i} of {reps}'}")
-        model.reset()
-        model.feed(ids[:depth])
-        start = perf_counter_ns()
-        for part in _parts(ids[depth:], 1 if gen else max(prompt, 1)):
+            doing = f"run {i} of {plan.reps}" if i else "warm-up"
+            progress(f"{model.gguf.path.name}: {test}: {doing}")
+        model.rewind(test.depth)
+        model.feed(ids[len(model.seen) : test.depth])
+        new = ids[test.depth : test.size] if i or test.prompt else ids[test.depth :][:WARM_UP]
+        start = time.perf_counter_ns()
+        for part in _parts(new, test.prompt or 1):
             model.feed(part, logits=True)
-        samples.append(perf_counter_ns() - start)
-    return _row(model, prompt, gen, depth, samples[1:])
+        if i:
+            samples.append(time.perf_counter_ns() - start)
+    return samples
 
 
 def _parts(ids: Sequence[int], size: int) -> Iterator[Sequence[int]]:
@@ -124,33 +201,31 @@ def _parts(ids: Sequence[int], size: int) -> Iterator[Sequence[int]]:
         yield ids[i : i + size]
 
 
-def _row(model: Model, prompt: int, gen: int, depth: int, samples: list[int]) -> Row:
-    rates = [(prompt + gen) * 1e9 / ns for ns in samples]
+def _speeds(model: Model, test: Test, samples: list[int]) -> dict[str, Any]:
+    rates = [(test.prompt + test.gen) * 1e9 / ns for ns in samples]
 
     def spread(values: Sequence[float]) -> float:
         return statistics.stdev(values) if len(values) > 1 else 0.0
 
-    cost = model.macs_per_token if prompt else model.bytes_per_token
-    return Row(
-        **_facts(model),
-        n_prompt=prompt,
-        n_gen=gen,
-        n_depth=depth,
-        test_time=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
-        avg_ns=int(statistics.mean(samples)),
-        stddev_ns=int(spread(samples)),
-        avg_ts=statistics.mean(rates),
-        stddev_ts=spread(rates),
-        samples_ns=samples,
-        samples_ts=rates,
-        peak_rss=memory.peak(),
-        rate=statistics.mean(rates) * cost / 1e9,
-        limit=0.0,
-    )
+    cost = model.macs_per_token if test.prompt else model.bytes_per_token
+    return {
+        "n_prompt": test.prompt,
+        "n_gen": test.gen,
+        "n_depth": test.depth,
+        "test_time": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "avg_ns": int(statistics.mean(samples)),
+        "stddev_ns": int(spread(samples)),
+        "avg_ts": statistics.mean(rates),
+        "stddev_ts": spread(rates),
+        "samples_ns": samples,
+        "samples_ts": rates,
+        "peak_rss": memory.peak(),
+        "rate": statistics.mean(rates) * cost / 1e9,
+    }
 
 
-def _facts(model: Model) -> dict[str, Any]:
-    """What is the same for all tests of a model."""
+def _facts(model: Model, threads: int) -> dict[str, Any]:
+    """What is the same for all tests of a model with so many threads."""
     gguf = model.gguf
     name = gguf.metadata.get("general.name") or gguf.path.stem
     return {
@@ -160,7 +235,7 @@ def _facts(model: Model) -> dict[str, Any]:
         "model_type": str(name),
         "model_size": sum(t.nbytes for t in gguf.tensors.values()),
         "model_n_params": sum(int(np.prod(t.shape)) for t in gguf.tensors.values()),
-        "n_threads": model.threads,
+        "n_threads": threads,
         "type_k": "f16",
         "type_v": "f16",
     }

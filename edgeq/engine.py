@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Unpack
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeq import cache, memory, models
+from edgeq import cache, cpus, memory, models
 from edgeq.answer import Options, Penalties, Stats, answer, until
 from edgeq.checks import stop_texts, token_ids, whole
 from edgeq.errors import ModelError, RequestError
@@ -34,6 +34,7 @@ from edgeq.models import rope, weights
 from edgeq.models.transformer import FEW, Transformer
 from edgeq.sampler import Sampler
 from edgeq.tokenizer import load_tokenizer
+from edgeq.tuning import tuned
 
 if TYPE_CHECKING:
     from edgeq.models.arch import Arch
@@ -50,34 +51,39 @@ def load(
     path: str | os.PathLike[str],
     *,
     threads: int | None = None,
+    threads_batch: int | None = None,
     ctx: int | None = None,
     kv: str = "f16",
     on_compile: Progress | None = None,
 ) -> "Model":
     """Open a GGUF file for inference.
 
-    threads: default one per physical core this process may use. ctx: positions of the KV cache;
-    default what the model was trained on, at most 4096. on_compile(kernel, done, total) is called
+    threads: default one per physical performance core that this process may use. threads_batch:
+    the same for prompts; default as many as threads. ctx: positions of the KV cache; default what
+    the model was trained on, at most 4096. on_compile(kernel, done, total) is called
     while kernels are compiled, once per machine and edgeq version.
 
-    Raises FormatError, ModelError for the file; RequestError for ctx or threads; ResourceError when
-    memory does not suffice.
+    Raises FormatError, ModelError for the file; RequestError for ctx or thread counts;
+    ResourceError when memory does not suffice.
     """
     gguf = open_gguf(path)
     try:
-        return Model(gguf, threads=threads, ctx=ctx, kv=kv, on_compile=on_compile)
+        return Model(
+            gguf,
+            threads=threads,
+            threads_batch=threads_batch,
+            ctx=ctx,
+            kv=kv,
+            on_compile=on_compile,
+        )
     except BaseException:
         gguf.close()
         raise
 
 
 def cores() -> int:
-    """Physical cores that this process may use."""
-    import psutil
-
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    allowed = allowed or 1
-    return max(min(psutil.cpu_count(logical=False) or allowed, allowed), 1)
+    """Physical performance cores that this process may use: the threads of a model by default."""
+    return cpus.find().threads
 
 
 class Model:
@@ -90,6 +96,7 @@ class Model:
         gguf: Gguf,
         *,
         threads: int | None,
+        threads_batch: int | None,
         ctx: int | None,
         kv: str,
         on_compile: Progress | None,
@@ -99,7 +106,9 @@ class Model:
             raise ModelError(f"{gguf.path}: no tensors: this file holds no model")
         self.arch: Arch = models.find(gguf.get("general.architecture", str)).arch(gguf)
         self.tokenizer = load_tokenizer(gguf)
-        self.threads = cores() if threads is None else whole("threads", threads, 1, 256)
+        self._cpus = cpus.find()
+        self.threads = _count("threads", threads, self._cpus.threads)
+        self.threads_batch = _count("threads_batch", threads_batch, self.threads)
         bound = weights.bind(gguf, self.arch)
         self.warnings = [f"tensor {name} is not used" for name in bound.unused]
         self.ctx = self._context(ctx)
@@ -112,7 +121,14 @@ class Model:
         batch = min(BATCH, store.context)
         outputs = min(OUTPUTS, batch)
         self._net = Transformer(
-            self.arch, bound, store, isa, threads=self.threads, batch=batch, outputs=outputs
+            self.arch,
+            bound,
+            store,
+            isa,
+            threads=self._workers,
+            batch=batch,
+            outputs=outputs,
+            tuning=tuned(isa, self.threads, self._cpus.usable, on_compile),
         )
         self._batch, self._outputs = batch, outputs
         products = bound.matrices
@@ -142,19 +158,24 @@ class Model:
         few_head, many_head = net.head(many=False), net.head(many=True)
         names = [op.kernel for op in (*few, *many, *few_head, *many_head)]
         addresses = load_kernels([*names, *TEAM_KERNELS], isa, on_compile)
-        self._team = Team(isa, self.threads, cores())
+        self._team = Team(isa, self._workers, self._cpus.usable, home=self._cpus.home)
 
-        def program(ops: list[Any]) -> Program:
-            return Program(ops, addresses, self._team, self.threads)
+        def program(ops: list[Any], many: bool = False) -> Program:
+            threads = self.threads_batch if many else self.threads
+            return Program(ops, addresses, self._team, threads)
 
         # (many tokens?, logits of: none, few, many positions)
         self._programs = {
             (False, "few"): program(few + few_head),
             (False, "none"): program(few),
-            (True, "none"): program(many),
-            (True, "few"): program(many + few_head),
-            (True, "many"): program(many + many_head),
+            (True, "none"): program(many, True),
+            (True, "few"): program(many + few_head, True),
+            (True, "many"): program(many + many_head, True),
         }
+
+    @property
+    def _workers(self) -> int:
+        return max(self.threads, self.threads_batch)
 
     # -- life --------------------------------------------------------------------------------------
     def __enter__(self) -> "Model":
@@ -337,6 +358,10 @@ class Model:
                 f"{self.gguf.path}: no chat template in this file: use generate instead"
             )
         return self.generate(encode_chat(self.tokenizer, template, messages), **options)
+
+
+def _count(name: str, given: int | None, usual: int) -> int:
+    return usual if given is None else whole(name, given, 1, 256)
 
 
 def _given(sampling: dict[str, Any]) -> dict[str, Any]:

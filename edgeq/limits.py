@@ -4,14 +4,13 @@ Measured once per machine, instruction set and thread count by kernels of our ow
 the compiled kernels. `edgeq bench` shows speeds as a share of them.
 """
 
-import json
-import os
+import contextlib
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from time import perf_counter
 
 import numpy as np
 
+from edgeq import memory
 from edgeq.kernels import cache, load
 from edgeq.kernels import isa as isas
 from edgeq.kernels.layout import DOT_CHAINS
@@ -34,21 +33,25 @@ class Limits:
 
 
 def measure(threads: int, cores: int) -> Limits:
-    """Measure now; takes about a second."""
+    """Measure now; takes about a second.
+
+    cores: threads that can run at the same time.
+    """
     isa = isas.choose()
     names = ("probe_read", "probe_dot", *TEAM_KERNELS)
     addresses = load(names, isa)
     team = Team(isa, threads, cores)
-    sums, memory = aligned(64 * threads), aligned(READ_BYTES)
-    memory[:] = 1
-    where = [int(memory.ctypes.data), READ_BYTES, int(sums.ctypes.data)]
+    size = min(READ_BYTES, memory.available() // 4) // 4096 * 4096
+    sums, source = aligned(64 * threads), aligned(size)
+    source[:] = 1  # pages that were never written are all the same one
+    where = [int(source.ctypes.data), size, int(sums.ctypes.data)]
     read = Program([Op("probe_read", np.array(where, np.int64))], addresses, team, threads)
     steps = np.array([DOT_STEPS, 0, where[2]], np.int64)
     dot = Program([Op("probe_dot", steps)], addresses, team, threads)
     try:
         seconds = _best(read)
         products = threads * DOT_STEPS * DOT_CHAINS * isa.WIDTH
-        return Limits(threads, READ_BYTES / seconds / 1e9, products / _best(dot) / 1e9)
+        return Limits(threads, size / seconds / 1e9, products / _best(dot) / 1e9)
     finally:
         team.close()
 
@@ -63,26 +66,17 @@ def _best(program: Program) -> float:
     return min(times)
 
 
-def measured(threads: int, cores: int) -> Limits:
-    """The stored limits for this machine and thread count, measured first where there are none."""
-    path = _file(threads)
-    try:
-        return Limits(**json.loads(path.read_text()))
-    except (OSError, ValueError, TypeError):
-        found = measure(threads, cores)
-    _keep(path, json.dumps(asdict(found)))
+def measured(threads: int, cores: int, *, again: bool = False) -> Limits:
+    """The stored limits for this machine and thread count, measured first where there are none, or
+    again.
+    """
+    kept = None if again else cache.recall(_name(threads), isas.choose())
+    with contextlib.suppress(TypeError):
+        return Limits(**(kept or {}))
+    found = measure(threads, cores)
+    cache.remember(_name(threads), isas.choose(), asdict(found))
     return found
 
 
-def _file(threads: int) -> Path:
-    return cache.folder(isas.choose()) / f"limits-{threads}.json"
-
-
-def _keep(path: Path, text: str) -> None:
-    """Write a file that later runs read; a cache that cannot be written is no error."""
-    try:
-        part = path.with_suffix(f".{os.getpid()}")
-        part.write_text(text)
-        os.replace(part, path)
-    except OSError:
-        return
+def _name(threads: int) -> str:
+    return f"limits-{threads}"

@@ -38,6 +38,16 @@ def kernel_cache(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPa
     return Path(os.environ["EDGEQ_CACHE"])
 
 
+@pytest.fixture(scope="session", autouse=True)
+def untuned() -> Iterator[None]:
+    """Loading a model in tests measures nothing about the machine."""
+    from edgeq.tuning import Tuning
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("edgeq.engine.tuned", lambda *_: Tuning())
+        yield
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """Folder of reference models and vocabularies; the test is skipped where there is none."""

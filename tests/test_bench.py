@@ -1,11 +1,14 @@
 """Speed measurements: what they count, and the limits they are compared with."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from edgeq import bench, convert, limits
+from edgeq import bench, convert, cpus, limits
+from edgeq.engine import Model
 from edgeq.errors import RequestError
+from edgeq.kernels import cache
 
 EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "tiny-home"
 
@@ -19,11 +22,16 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(limits, "READ_BYTES", 1 << 22)
     monkeypatch.setattr(limits, "DOT_STEPS", 1 << 12)
-    monkeypatch.setattr(limits, "_file", lambda threads: Path("/nonexistent/limits"))
+    monkeypatch.setattr(cache, "recall", lambda name, isa: None)
+    monkeypatch.setattr(cache, "remember", lambda name, isa, values: None)
+
+
+def run(path: Path, **plan: Any) -> list[bench.Row]:
+    return list(bench.run([path], bench.Plan(**plan)))
 
 
 def test_rows_agree_with_themselves(path: Path) -> None:
-    rows = bench.run(path, prompts=[16], gens=[4], threads=2, reps=2, depth=8)
+    rows = run(path, prompts=[16], gens=[4], threads=[2], reps=2, depths=[8])
     assert [(r.n_prompt, r.n_gen, r.n_depth, r.n_threads) for r in rows] == [
         (16, 0, 8, 2),
         (0, 4, 8, 2),
@@ -41,24 +49,79 @@ def test_rows_agree_with_themselves(path: Path) -> None:
 
 
 def test_the_usual_tests_are_cut_to_the_context(path: Path) -> None:
-    rows = bench.run(path, threads=2, reps=1, depth=240)
-    assert [(r.n_prompt, r.n_gen) for r in rows] == [(16, 0), (0, 16)]
+    rows = run(path, threads=[2], reps=1, depths=[240, 250])
+    assert [(r.n_prompt, r.n_gen) for r in rows] == [(16, 0), (0, 16), (6, 0), (0, 6)]
+
+
+def test_rows_come_in_llama_benchs_order(path: Path) -> None:
+    """Models, threads, depths, then prompts before generations."""
+    plan = bench.Plan(prompts=[2, 3], gens=[1], depths=[0, 5], threads=[2, 1], reps=1)
+    rows = list(bench.run([path, str(path)], plan))
+    tests = [(d, p, g) for d in (0, 5) for p, g in ((2, 0), (3, 0), (0, 1))]
+    expected = [(threads, *test) for _ in range(2) for threads in (2, 1) for test in tests]
+    assert [(r.n_threads, r.n_depth, r.n_prompt, r.n_gen) for r in rows] == expected
+
+
+def test_each_kind_of_test_has_its_threads_and_none_comes_twice(path: Path) -> None:
+    plan = {"prompts": [9], "gens": [1], "reps": 1}
+    rows = run(path, **plan, threads=[1, 3], threads_batch=[2])
+    assert [(r.n_threads, r.n_prompt) for r in rows] == [(2, 9), (1, 0), (3, 0)]
+    assert {r.n_threads for r in run(path, **plan)} == {cpus.find().threads}
+
+
+def test_what_is_before_a_test_is_read_once(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fed: list[int] = []
+    feed = Model.feed
+
+    def count(self: Model, ids: list[int], **more: Any) -> Any:
+        fed.append(len(ids))
+        return feed(self, ids, **more)
+
+    monkeypatch.setattr(Model, "feed", count)
+    run(path, prompts=[20], gens=[3], depths=[50, 60], threads=[1], reps=2, warm_up=False)
+    assert [n for n in fed if n] == [50, 20, 20, *[1] * 6, 7, 20, 20, *[1] * 6]
+    fed.clear()
+    run(path, prompts=[20], gens=[7], threads=[1], reps=1)
+    assert [n for n in fed if n] == [20, 20, *[1] * (bench.WARM_UP + 7)]
+
+
+def test_rests_before_each_test(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rests: list[float] = []
+    monkeypatch.setattr("edgeq.bench.time.sleep", rests.append)
+    run(path, prompts=[2], gens=[1, 2], threads=[1], reps=1, delay=2.5)
+    assert rests == [2.5] * 3
+
+
+def test_progress_names_what_runs(path: Path) -> None:
+    said: list[str] = []
+    plan = bench.Plan(prompts=[2], gens=[], depths=[3], threads=[1], reps=2)
+    list(bench.run([path], plan, progress=said.append))
+    assert said == [
+        f"tiny.gguf: pp2 @ d3: {what}" for what in ("warm-up", "run 1 of 2", "run 2 of 2")
+    ]
 
 
 def test_a_test_must_fit_the_context(path: Path) -> None:
     with pytest.raises(RequestError, match="context length 256: a test of 300 tokens"):
-        bench.run(path, prompts=[300])
+        run(path, prompts=[300])
     with pytest.raises(RequestError, match="context length 256: a test of 257 tokens"):
-        bench.run(path, depth=256)
+        run(path, depths=[0, 256])
     with pytest.raises(RequestError, match="no tests"):
-        bench.run(path, prompts=[], gens=[])
+        run(path, prompts=[], gens=[])
+    with pytest.raises(RequestError, match="threads = 257"):
+        run(path, threads=[1, 257])
 
 
-def test_limits_are_positive_and_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(limits, "_file", lambda threads: tmp_path / f"limits-{threads}.json")
+def test_limits_are_positive_and_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept: dict[str, Any] = {}
+    monkeypatch.setattr(cache, "recall", lambda name, isa: kept.get(name))
+    monkeypatch.setattr(cache, "remember", lambda name, isa, values: kept.update({name: values}))
     first = limits.measured(1, 2)
     assert first.read_gbs > 0.1
     assert first.dot_gmacs > 0.1
     assert limits.measured(1, 2) == first  # read back, not measured again
-    (tmp_path / "limits-1.json").write_text("{")
-    assert limits.measured(1, 2).threads == 1
+    assert limits.measured(1, 2, again=True) != first
+    for broken in ({}, {"threads": 1}, {"more": 1}):
+        kept["limits-1"] = broken
+        assert limits.measured(1, 2).threads == 1
+        assert kept["limits-1"]["read_gbs"] > 0.1

@@ -107,11 +107,26 @@ def test_prompt_must_be_one_and_not_empty(model: FakeModel) -> None:
 
 def test_flags_reach_the_model_and_only_those_given(model: FakeModel) -> None:
     edgeq("run", "model.gguf", "Hi?", "--temp", "0", "--top-k", "7", "--seed", "-1", "-n", "9")
-    edgeq("run", "model.gguf", "Hi?", "-s", "5", "--repeat-last-n", "-1", "-c", "64", "-t", "3")
+    edgeq(
+        "run",
+        "model.gguf",
+        "Hi?",
+        "-s",
+        "5",
+        "--repeat-last-n",
+        "-1",
+        "-c",
+        "64",
+        "-t",
+        "3",
+        "-tb",
+        "4",
+    )
     assert model.asked[0][1] == {"max_tokens": 9, "temperature": 0.0, "top_k": 7}
     assert model.asked[1][1] == {"max_tokens": -1, "seed": 5, "repeat_last_n": -1}
     assert [o["ctx"] for _, o in model.loaded] == [None, 64]
     assert [o["threads"] for _, o in model.loaded] == [None, 3]
+    assert [o["threads_batch"] for _, o in model.loaded] == [None, 4]
 
 
 def test_system_message_comes_first(model: FakeModel) -> None:

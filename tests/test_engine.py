@@ -130,7 +130,7 @@ def test_ids_are_checked(model: Model, ids: list[int]) -> None:
 def test_settings_are_checked(path: Path, model: Model) -> None:
     with pytest.raises(RequestError, match="temperature"):
         model.generate("The", temperature=-1)
-    for options in ({"threads": 0}, {"ctx": 0}, {"ctx": 257}, {"kv": "q8"}):
+    for options in ({"threads": 0}, {"threads_batch": 257}, {"ctx": 0}, {"ctx": 257}, {"kv": "q8"}):
         with pytest.raises(RequestError):
             edgeq.load(path, **options)
 

@@ -362,3 +362,25 @@ def test_an_interrupted_compilation_stops(tmp_path: Path, monkeypatch: pytest.Mo
         )
     assert len(children) == min(2, os.cpu_count() or 1)
     assert [c.returncode for c in children] == [-signal.SIGKILL] * len(children)
+
+
+# -- what was measured -----------------------------------------------------------------------------
+def test_measurements_are_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    where = tmp_path / "kernels"
+    monkeypatch.setattr(cache, "folder", lambda isa: where)
+    assert cache.recall("limits-2", ISA) is None
+    cache.remember("limits-2", ISA, {"threads": 2, "speed": 1.5})
+    assert cache.recall("limits-2", ISA) == {"threads": 2, "speed": 1.5}
+    assert [path.name for path in where.iterdir()] == ["limits-2.json"]
+    for broken in (b"", b"{", b"[1]", b"\xff"):
+        (where / "limits-2.json").write_bytes(broken)
+        assert cache.recall("limits-2", ISA) is None
+
+
+def test_a_measurement_that_cannot_be_kept_is_no_error(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(cache, "folder", lambda isa: tmp_path / "file")
+    cache.remember("limits-2", ISA, {"threads": 2})
+    assert cache.recall("limits-2", ISA) is None

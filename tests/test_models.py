@@ -77,9 +77,10 @@ def test_threads_do_not_change_the_logits(shared_data: Path, convert: Convert) -
     ids, _ = golden.read(shared_data / "arch" / "qwen3" / "golden.safetensors")
     path = convert("qwen3", "Q8_0")
     results = []
-    for threads in (1, 2, 3, 5):
-        with edgeq.load(path, threads=threads) as model:
-            results.append(model.logits(ids))
+    for threads, batch in ((1, None), (2, 1), (3, None), (5, 2), (1, 3)):
+        with edgeq.load(path, threads=threads, threads_batch=batch) as model:
+            assert (model.threads, model.threads_batch) == (threads, batch or threads)
+            results.append(np.concatenate([model.logits(ids), model.step(ids[:2])]))
     for other in results[1:]:
         np.testing.assert_array_equal(other, results[0])
 

@@ -21,10 +21,10 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 # Imports go down or stay level: README, "How it is built". A new module must be given a layer here.
 LAYERS = [
-    {"checks", "data", "errors", "memory", "text", "vocab"},
+    {"checks", "cpus", "data", "errors", "memory", "text", "vocab"},
     {"blockformat", "blocks", "gguf", "checkpoint"},
     {"kernels"},
-    {"models", "tokenizer", "sampler", "cache", "quantizers", "recipe", "sandbox"},
+    {"models", "tokenizer", "sampler", "cache", "quantizers", "recipe", "sandbox", "tuning"},
     {
         "answer",
         "draft",

@@ -3,50 +3,70 @@
 import csv
 import io
 import json
-from collections.abc import Sequence
+import re
+import sys
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from edgeq.cli._terminal import Status, human, note
+from edgeq.cli._terminal import Status, human, is_terminal, note
 
 if TYPE_CHECKING:
-    from edgeq.bench import Row
+    from edgeq.bench import Plan, Row
+
+MOST = 1000  # values of one range
+_RANGE = re.compile(r"(\d+)(?:-(\d+)(?:([+*])(\d+))?)?")
 
 
-def _counts(ctx: click.Context, param: click.Parameter, value: str | None) -> list[int] | None:
-    """Comma-separated counts, such as 128,512; without 0, which leaves a kind of test out."""
-    if value is None:
-        return None
-    try:
-        numbers = [int(word) for word in value.split(",")]
-    except ValueError:
-        numbers = [-1]
-    if min(numbers) < 0:
-        raise click.BadParameter(f"{value!r}: expected counts such as 512 or 128,512")
-    return [n for n in numbers if n]
+def _counts(ctx: click.Context, param: click.Parameter, texts: tuple[str, ...]) -> list[int]:
+    """Counts and ranges as llama-bench writes them: 128,512 and 0-2048+512 and 1-8*2."""
+    return list(
+        dict.fromkeys(n for text in texts for part in text.split(",") for n in _range(part))
+    )
+
+
+def _range(text: str) -> list[int]:
+    """
+    >>> _range("512"), _range("1-3"), _range("0-2048+1024"), _range("1-10*2")
+    ([512], [1, 2, 3], [0, 1024, 2048], [1, 2, 4, 8])
+    """
+    found = _RANGE.fullmatch(text.strip())
+    if found is None:
+        raise click.BadParameter(f"{text!r}: expected counts such as 512, 128,512 or 0-2048+512")
+    first, last, sign, step = found.groups()
+    start, end, by = int(first), int(last or first), int(step or 1)
+    values = []
+    while start <= end:
+        values.append(start)
+        start = start * by if sign == "*" else start + by
+        if start <= values[-1] or len(values) > MOST:
+            raise click.BadParameter(f"{text!r}: expected a range that grows, up to {MOST} values")
+    if not values:
+        raise click.BadParameter(f"{text!r}: expected the smaller count first")
+    return values
+
+
+def _list_option(*flags: str, text: str) -> Callable[[Any], Any]:
+    return click.option(*flags, callback=_counts, multiple=True, metavar="N,...", help=text)
 
 
 @click.command()
-@click.argument("model")
-@click.option(
-    "-p",
-    "--n-prompt",
-    callback=_counts,
-    metavar="N,...",
-    help="Prompt lengths. [512, or the context]",
-)
-@click.option(
-    "-n",
-    "--n-gen",
-    callback=_counts,
-    metavar="N,...",
-    help="Tokens to generate. [128, or the context]",
-)
-@click.option("-d", "--n-depth", type=click.IntRange(0), default=0, help="Tokens before. [0]")
-@click.option("-t", "--threads", type=click.IntRange(1), help="Threads. [one per core]")
+@click.argument("models", nargs=-1, metavar="MODEL...")
+@click.option("-m", "--model", "more", multiple=True, metavar="MODEL", help="Same as MODEL.")
+@_list_option("-p", "--n-prompt", text="Prompt lengths; 0 = none. [512, or the context]")
+@_list_option("-n", "--n-gen", text="Tokens to generate; 0 = none. [128, or the context]")
+@_list_option("-d", "--n-depth", text="Tokens before. [0]")
+@_list_option("-t", "--threads", text="Threads. [one per performance core]")
+@_list_option("-tb", "--threads-batch", text="Threads for prompts. [as -t]")
 @click.option("-r", "--repetitions", type=click.IntRange(1), default=5, help="Repetitions. [5]")
+@click.option("--no-warmup", is_flag=True, help="No uncounted run before.")
+@click.option(
+    "--delay", type=click.FloatRange(0, 3600), default=0, help="Seconds to rest before each test."
+)
+@click.option("--limits", is_flag=True, help="Show what the machine can do at most, without MODEL.")
+@click.option("--tune", is_flag=True, help="Find anew what suits this machine's memory best.")
 @click.option(
     "-o",
     "--output",
@@ -55,48 +75,111 @@ def _counts(ctx: click.Context, param: click.Parameter, value: str | None) -> li
     help="Format of the results. [md]",
 )
 def command(
-    model: str,
-    n_prompt: list[int] | None,
-    n_gen: list[int] | None,
-    n_depth: int,
-    threads: int | None,
+    models: tuple[str, ...],
+    more: tuple[str, ...],
+    n_prompt: list[int],
+    n_gen: list[int],
+    n_depth: list[int],
+    threads: list[int],
+    threads_batch: list[int],
     repetitions: int,
+    no_warmup: bool,
+    delay: float,
+    limits: bool,
+    tune: bool,
     output: str,
 ) -> None:
     """Measure how fast MODEL reads prompts (pp) and generates (tg): tokens per second, mean ± σ.
 
-    Columns and JSON fields are named as in llama-bench. 0 leaves a kind of test out.
+    Flags, columns and JSON fields are named as in llama-bench. A list is written 128,512, a range
+    0-2048+512 or 1-8*2. pp512 @ d2048: with 2048 tokens before.
     """
+    models = (*models, *more)
+    if not (models or limits or tune):
+        raise click.UsageError("Missing argument 'MODEL...'.")
+    if limits:
+        _print(_MACHINE[output](_machine(_limits, threads)), err=bool(models))
+    if tune:
+        _print(_MACHINE[output](_machine(_tuning, threads)), err=bool(models))
+    if not models:
+        return
+    from edgeq.bench import Plan
+
+    plan = Plan(
+        prompts=[n for n in n_prompt if n] if n_prompt else None,
+        gens=[n for n in n_gen if n] if n_gen else None,
+        depths=n_depth or [0],
+        threads=threads or [None],
+        threads_batch=threads_batch or [None],
+        reps=repetitions,
+        warm_up=not no_warmup,
+        delay=delay,
+    )
+    _print(_ROWS[output](_rows(models, plan)))
+
+
+def _print(lines: Iterable[str], err: bool = False) -> None:
+    for line in lines:
+        click.echo(line, err=err)
+
+
+def _rows(models: Iterable[str], plan: "Plan") -> "Iterator[Row]":
+    """Rows as they are measured, with a status line meanwhile."""
     from edgeq import bench, hub
 
     status = Status()
+    progress = status if is_terminal(sys.stderr) else None
     try:
-        rows = bench.run(
-            hub.model(model),
-            prompts=n_prompt,
-            gens=n_gen,
-            threads=threads,
-            reps=repetitions,
-            depth=n_depth,
-            progress=status,
-            on_compile=status.compiling(),
-        )
+        paths = [hub.model(model) for model in models]
+        for row in bench.run(paths, plan, progress=progress, on_compile=status.compiling()):
+            status.clear()
+            given, usual = (plan.prompts, bench.PROMPT) if row.n_prompt else (plan.gens, bench.GEN)
+            if given is None and max(row.n_prompt, row.n_gen) < usual:
+                note(f"{_test(row)}: the model's context holds no test of {usual} tokens")
+            yield row
     finally:
         status.clear()
-    for row in rows:
-        usual = bench.PROMPT if row.n_prompt else bench.GEN
-        given = n_prompt if row.n_prompt else n_gen
-        if given is None and max(row.n_prompt, row.n_gen) < usual:
-            note(f"{_test(row)}: the model's context holds no test of {usual} tokens")
-    click.echo(_FORMATS[output](rows))
 
 
-def _markdown(rows: "Sequence[Row]") -> str:
-    lines = [
-        "| model | size | params | backend | threads | test | t/s | of this machine | peak RAM |",
-        "| --- | ---: | ---: | --- | ---: | ---: | ---: | ---: | ---: |",
-    ]
-    for row in rows:
+def _machine(
+    measure: Callable[[int, int], dict[str, Any]], threads: list[int]
+) -> Iterator[dict[str, Any]]:
+    """What `measure` finds about the machine for each thread count, and keeps for later runs."""
+    from edgeq import cpus
+    from edgeq.checks import whole
+
+    machine, status = cpus.find(), Status()
+    counts = [whole("threads", n, 1, 256) for n in threads or range(1, machine.threads + 1)]
+    try:
+        for count in counts:
+            if is_terminal(sys.stderr):
+                status(f"measuring this machine: {count} thread{'s' * (count > 1)}")
+            found = measure(count, machine.usable)
+            status.clear()
+            yield found
+    finally:
+        status.clear()
+
+
+def _limits(threads: int, cores: int) -> dict[str, Any]:
+    from edgeq.limits import measured
+
+    return asdict(measured(threads, cores, again=True))
+
+
+def _tuning(threads: int, cores: int) -> dict[str, Any]:
+    from edgeq.kernels import isa
+    from edgeq.tuning import tuned
+
+    return {"threads": threads, **asdict(tuned(isa.choose(), threads, cores, again=True))}
+
+
+# -- formats ---------------------------------------------------------------------------------------
+def _markdown(rows: "Iterable[Row]") -> Iterator[str]:
+    for i, row in enumerate(rows):
+        if not i:
+            yield f"| {' | '.join(_COLUMNS)} |"
+            yield "| --- | ---: | ---: | --- | ---: | ---: | ---: | ---: | ---: |"
         cells = (
             row.model_type,
             human(row.model_size),
@@ -108,8 +191,16 @@ def _markdown(rows: "Sequence[Row]") -> str:
             f"{row.rate:.1f} {'GMAC/s' if row.n_prompt else 'GB/s'}, {row.rate / row.limit:.0%}",
             human(row.peak_rss),
         )
-        lines.append(f"| {' | '.join(str(cell) for cell in cells)} |")
-    return "\n".join(lines)
+        yield f"| {' | '.join(str(cell) for cell in cells)} |"
+
+
+def _markdown_machine(records: Iterable[dict[str, Any]]) -> Iterator[str]:
+    for i, record in enumerate(records):
+        if not i:
+            yield f"| {' | '.join(_NAMES.get(key, key) for key in record)} |"
+            yield "|" + " ---: |" * len(record)
+        shown = (f"{v:.1f}" if isinstance(v, float) else str(v) for v in record.values())
+        yield f"| {' | '.join(shown)} |"
 
 
 def _billions(count: int) -> str:
@@ -125,22 +216,42 @@ def _test(row: "Row") -> str:
     return f"{kind} @ d{row.n_depth}" if row.n_depth else kind
 
 
-def _csv(rows: "Sequence[Row]") -> str:
-    """One line per test, without the lists of single samples."""
-    plain = [{k: v for k, v in asdict(row).items() if not isinstance(v, list)} for row in rows]
-    text = io.StringIO()
-    writer = csv.DictWriter(text, plain[0] if plain else [], quoting=csv.QUOTE_ALL)
-    writer.writeheader()
-    writer.writerows(plain)
-    return text.getvalue().rstrip()
+def _dicts(rows: "Iterable[Row]") -> Iterator[dict[str, Any]]:
+    return (asdict(row) for row in rows)
 
 
-def _json(rows: "Sequence[Row]") -> str:
-    return json.dumps([asdict(row) for row in rows], indent=2)
+def _csv(records: Iterable[dict[str, Any]]) -> Iterator[str]:
+    """One line per record, without the lists of single samples."""
+    for i, record in enumerate(records):
+        plain = {k: v for k, v in record.items() if not isinstance(v, list)}
+        text = io.StringIO()
+        writer = csv.DictWriter(text, plain, quoting=csv.QUOTE_ALL, lineterminator="\n")
+        if not i:
+            writer.writeheader()
+        writer.writerow(plain)
+        yield text.getvalue().rstrip("\n")
 
 
-def _jsonl(rows: "Sequence[Row]") -> str:
-    return "\n".join(json.dumps(asdict(row)) for row in rows)
+def _json(records: Iterable[dict[str, Any]]) -> Iterator[str]:
+    yield json.dumps(list(records), indent=2)
 
 
-_FORMATS = {"md": _markdown, "csv": _csv, "json": _json, "jsonl": _jsonl}
+def _jsonl(records: Iterable[dict[str, Any]]) -> Iterator[str]:
+    return (json.dumps(record) for record in records)
+
+
+_COLUMNS = ["model", "size", "params", "backend", "threads", "test"]
+_COLUMNS += ["t/s", "of this machine", "peak RAM"]
+_NAMES = {
+    "read_gbs": "read GB/s",
+    "dot_gmacs": "dot GMAC/s",
+    "ahead": "prefetch bytes ahead",
+    "chunk": "rows at a time (0: by their number)",
+}
+_MACHINE = {"md": _markdown_machine, "csv": _csv, "json": _json, "jsonl": _jsonl}
+_ROWS: "dict[str, Callable[[Iterable[Row]], Iterator[str]]]" = {
+    "md": _markdown,
+    "csv": lambda rows: _csv(_dicts(rows)),
+    "json": lambda rows: _json(_dicts(rows)),
+    "jsonl": lambda rows: _jsonl(_dicts(rows)),
+}

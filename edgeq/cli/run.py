@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from edgeq.engine import Model
 
 _FILE = click.Path(exists=True, dir_okay=False)
+_THREADS = click.IntRange(1, 256)
 
 # The flags of llama.cpp. None means: what the model's file says, else llama.cpp's default.
 _SAMPLING: list[tuple[list[str], type, str]] = [
@@ -58,7 +59,8 @@ def _sampling_options(function: Any) -> Any:
     default=0,
     help="Context; 0 = the model's, up to 4096.",
 )
-@click.option("-t", "--threads", type=click.IntRange(1), help="Threads. [one per core]")
+@click.option("-t", "--threads", type=_THREADS, help="Threads. [one per performance core]")
+@click.option("-tb", "--threads-batch", type=_THREADS, help="Threads for prompts. [as -t]")
 @_sampling_options
 @click.option("--chat-template-file", type=_FILE, help="Jinja chat template to use instead.")
 @click.option("--draft-ngram", is_flag=True, help="Guess from repeated text: same answer, sooner.")
@@ -75,6 +77,7 @@ def command(
     predict: int,
     ctx: int,
     threads: int | None,
+    threads_batch: int | None,
     chat_template_file: str | None,
     draft_ngram: bool,
     raw: bool,
@@ -95,7 +98,7 @@ def command(
     given = {name: value for name, value in sampling.items() if value is not None}
     if seed is not None and seed != -1:
         given["seed"] = seed
-    loaded = _load(name, threads, ctx)
+    loaded = _load(name, threads=threads, threads_batch=threads_batch, ctx=ctx or None)
     template = None if raw else _template(loaded, chat_template_file)
     if system and template is None:
         raise RequestError(f"{name}: no chat template: a system message needs one")
@@ -135,15 +138,13 @@ def _prompt(*sources: str | None) -> str | None:
     return text
 
 
-def _load(name: str, threads: int | None, ctx: int) -> "Model":
+def _load(name: str, **options: Any) -> "Model":
     from edgeq import hub
     from edgeq.engine import load
 
     status = Status()
     try:
-        model = load(
-            hub.model(name), threads=threads, ctx=ctx or None, on_compile=status.compiling()
-        )
+        model = load(hub.model(name), on_compile=status.compiling(), **options)
     finally:
         status.clear()
     for warning in dict.fromkeys(

@@ -7,6 +7,7 @@ made private (0700), and only what nobody else could have written is read: objec
 as edgeq itself.
 """
 
+import contextlib
 import ctypes
 import hashlib
 import json
@@ -23,7 +24,7 @@ from typing import Any
 from edgeq.data import find
 from edgeq.errors import KernelError
 
-__all__ = ["Loader", "folder", "read", "root", "write"]
+__all__ = ["Loader", "folder", "read", "recall", "remember", "root", "write"]
 
 MAGIC = b"edgeq kernel 1\n"
 
@@ -135,6 +136,25 @@ def _own(path: Path) -> bytes:
     fd = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0))
     with open(fd, "rb") as file:
         return file.read() if _private(os.fstat(fd)) else b""
+
+
+def remember(name: str, isa: ModuleType, values: dict[str, Any]) -> None:
+    """Keep what was measured on this machine; a cache that cannot be written is no error."""
+    with contextlib.suppress(OSError, KernelError):
+        where = folder(isa)
+        where.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=where, delete=False) as file:
+            json.dump(values, file)
+        os.replace(file.name, where / f"{name}.json")
+
+
+def recall(name: str, isa: ModuleType) -> dict[str, Any] | None:
+    """What was kept under this name, None where there is nothing of the kind."""
+    try:
+        found = json.loads(_own(folder(isa) / f"{name}.json"))
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
 
 
 class Loader:

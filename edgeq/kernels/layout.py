@@ -5,12 +5,13 @@ Plain numbers, so that the engine's process reads them without importing a compi
 """
 
 LINE = 16  # int64 words per cache line, and its neighbour that is fetched along
-ARRIVED, GENERATION, TASK, BLOCK, SPIN, IDLE_SPIN, YIELD, WALK, STOP, CANCEL, HALT = (
+ARRIVED, GENERATION, TASK, BLOCK, YIELD, CPU, WALK, STOP, CANCEL, HALT, WHERE = (
     LINE * i for i in range(11)
 )
-SYNC_WORDS = 11 * LINE
+SYNC_WORDS = WHERE  # and from there on, one line per thread: the CPU it was last seen on
 WORDS_PER_OP = 3  # kernel address, argument block, 1 if a barrier follows
-BLOCK_WORDS = 4  # program block: address of the ops, their count, sync block, threads
+BLOCK_WORDS = 5  # program block: address of the ops, their count, sync block, task, barrier spins
+TASK_SHIFT = 9  # a task number: a count, and below it how many threads (1..256) the task is for
 
 TILE_KEYS = 16  # keys side by side in the K cache
 KEYS = 128  # keys per step of online softmax

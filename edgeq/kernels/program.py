@@ -4,32 +4,36 @@ import contextlib
 import ctypes
 import os
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 
 import numpy as np
 
+from edgeq import cpus
 from edgeq.errors import KernelError, ResourceError
 from edgeq.kernels import cache, load
 from edgeq.kernels.layout import (
     BLOCK_WORDS,
     CANCEL,
-    IDLE_SPIN,
-    SPIN,
+    CPU,
+    LINE,
     STOP,
     SYNC_WORDS,
-    TASK,
     WALK,
+    WHERE,
     WORDS_PER_OP,
     YIELD,
 )
 
 __all__ = ["Op", "Program", "Team", "aligned", "arguments"]
 
-BARRIER_SPINS = 100  # about a microsecond, then yield the core: others may need it
+# Some 0.1 ms, longer than threads differ at a barrier; then yield the core. Yielding at once costs
+# dear beside other programs: each time they take a whole turn of milliseconds. Two threads and two
+# busy loops on two cores: 2 tokens/s with 100 spins, 6 with 1000, 20 with 10000; 45 alone.
+BARRIER_SPINS = 10_000
 TEAM_KERNELS = ("walk", "lead", "serve")
-IDLE_SPINS = 20000  # about half a millisecond between two tokens, then sleep
+IDLE_SPINS = 20_000  # about half a millisecond between two tokens, then sleep
 
 
 def aligned(nbytes: int) -> np.ndarray:
@@ -72,9 +76,11 @@ class Program:
         if words:
             words[-1] = (*words[-1][:2], 1)  # the caller goes on only when everybody has finished
         self._table = np.array(words, np.int64).reshape(-1, WORDS_PER_OP)
-        block = [self._table.ctypes.data, len(words), team.sync.ctypes.data, threads]
+        spins = team.spins(threads)
+        block = [self._table.ctypes.data, len(words), team.sync.ctypes.data, 0, spins]
         self._block = np.array(block, np.int64)
         assert len(block) == BLOCK_WORDS
+        assert 1 <= threads <= team.threads
         self._team, self._threads = team, threads
 
     def run(self, *, interruptible: bool = False) -> None:
@@ -83,17 +89,24 @@ class Program:
         interruptible: a signal ends it at the next op, for programs that run long (Python handles
         signals only when native code has returned).
         """
+        if not self._ops:
+            return
         run = self._team.run_interruptible if interruptible else self._team.run
         run(self._block.ctypes.data, self._threads)
 
 
-def _yield_address() -> int:
-    """Address of the C library's sched_yield (Windows: SwitchToThread)."""
+def _system_calls() -> tuple[int, int]:
+    """Addresses of the system's functions that yield a core, and that tell which one it is."""
     if os.name == "nt":
-        function = ctypes.WinDLL("kernel32").SwitchToThread  # type: ignore[attr-defined]
+        library = ctypes.WinDLL("kernel32")  # type: ignore[attr-defined]
+        names = ("SwitchToThread", "GetCurrentProcessorNumber")
     else:
-        function = ctypes.CDLL(None).sched_yield
-    return int(ctypes.cast(function, ctypes.c_void_p).value or 0)
+        library, names = ctypes.CDLL(None), ("sched_yield", "sched_getcpu")
+        if not hasattr(library, names[1]):  # macOS: as if each thread had its own
+            names = ("sched_yield", "pthread_self")
+    found = (ctypes.cast(getattr(library, name), ctypes.c_void_p).value for name in names)
+    yields, cpu = (int(address or 0) for address in found)
+    return yields, cpu
 
 
 def _outlast(done: threading.Event) -> None:
@@ -105,7 +118,10 @@ def _outlast(done: threading.Event) -> None:
 
 class Team:
     """`threads` threads: the caller's and threads - 1 workers, which spin between tokens for a
-    moment and then sleep.
+    moment and then sleep. A program for fewer threads leaves the last ones asleep.
+
+    cores: threads that can run at the same time. home(thread): CPUs that a thread stays on, empty
+    for any; the caller's thread only while a program runs.
     """
 
     def __init__(
@@ -114,23 +130,30 @@ class Team:
         threads: int,
         cores: int,
         progress: Callable[[str, int, int], None] | None = None,
+        home: Callable[[int], Collection[int]] = lambda thread: (),
     ):
-        self.threads = threads
+        self.threads, self._cores, self._home = threads, cores, home
         kernels = load(TEAM_KERNELS, isa, progress)
         self._walk, self._lead, self._serve = (cache.callable_at(kernels[k]) for k in TEAM_KERNELS)
-        self.sync = aligned(8 * SYNC_WORDS).view(np.int64)
-        self.sync[WALK], self.sync[YIELD] = kernels["walk"], _yield_address()
-        alone = threads > cores  # a spinning thread would keep the one it waits for from running
-        self.sync[SPIN], self.sync[IDLE_SPIN] = (0, 0) if alone else (BARRIER_SPINS, IDLE_SPINS)
+        self.sync = aligned(8 * (SYNC_WORDS + LINE * threads)).view(np.int64)
+        self.sync[WHERE:] = -1
+        self.sync[WALK] = kernels["walk"]
+        self.sync[YIELD], self.sync[CPU] = _system_calls()
         self._lock = threading.Lock()
-        self._asleep: list[threading.Event] = []
-        self._busy = False  # a program is about to be posted or runs: nobody may fall asleep
+        self._asleep: dict[int, threading.Event] = {}
+        self._needed = 0  # threads that a program is about to need or needs: these stay awake
         self._workers = [
             threading.Thread(target=self._work, args=(i,), name=f"edgeq-{i}", daemon=True)
             for i in range(1, threads)
         ]
         for worker in self._workers:
             worker.start()
+
+    def spins(self, threads: int) -> int:
+        """How long threads of a program spin at a barrier before they yield: not at all where there
+        are more of them than cores, since they would keep the one they wait for from running.
+        """
+        return BARRIER_SPINS if threads <= self._cores else 0
 
     def run(self, block: int, threads: int) -> None:
         """Walk the program at `block` with `threads` threads.
@@ -140,16 +163,18 @@ class Team:
         """
         if self.sync[STOP]:
             raise ResourceError("this model is closed: load it again")
-        if threads == 1:
-            self._walk(block, 0, 1)
-            return
+        before = cpus.stay_on(self._home(0))
         try:
+            if threads == 1:
+                self._walk(block, 0, 1)
+                return
             with self._lock:
-                self._busy = True
-                self._wake()
+                self._needed = threads
+                self._wake(threads)
             self._lead(block, 0, threads)
         finally:
-            self._busy = False
+            self._needed = 0
+            cpus.stay_on(before)
 
     def run_interruptible(self, block: int, threads: int) -> None:
         """`run` on a thread of its own, while this one can receive signals."""
@@ -177,28 +202,29 @@ class Team:
         if failures:
             raise failures[0]
 
-    def _wake(self) -> None:
-        """Wake all sleepers; the lock is held."""
-        sleepers, self._asleep = self._asleep, []
-        for event in sleepers:
-            event.set()
+    def _wake(self, threads: int) -> None:
+        """Wake those of the first `threads` threads that sleep; the lock is held."""
+        for thread in [thread for thread in self._asleep if thread < threads]:
+            self._asleep.pop(thread).set()
 
     def _work(self, thread: int) -> None:
-        own = np.array([self.sync.ctypes.data, 0], np.int64)
+        cpus.stay_on(self._home(thread))
+        spins = IDLE_SPINS if thread < self._cores else 0
+        own = np.array([self.sync.ctypes.data, 0, spins], np.int64)
         event = threading.Event()
         while not self.sync[STOP]:
             self._serve(own.ctypes.data, thread, 0)
             with self._lock:
-                if self._busy or self.sync[TASK] != own[1] or self.sync[STOP]:
+                if thread < self._needed or self.sync[STOP]:
                     continue
                 event.clear()
-                self._asleep.append(event)
+                self._asleep[thread] = event
             event.wait()
 
     def close(self) -> None:
         """Stop the workers."""
         with self._lock:
             self.sync[STOP] = 1
-            self._wake()
+            self._wake(self.threads)
         for worker in self._workers:
             worker.join()

@@ -204,14 +204,13 @@ def call3(typing_context, function, args, thread, threads):
 
 @intrinsic
 def call0(typing_context, function):
-    """Call a C function without arguments at an address (sched_yield)."""
+    """Call a C function without arguments at an address (sched_yield); its int result."""
 
     def generate(context, b, signature, values):
         kind = ir.FunctionType(ir.IntType(32), [])
-        b.call(b.inttoptr(values[0], kind.as_pointer()), [])
-        return context.get_dummy_value()
+        return b.sext(b.call(b.inttoptr(values[0], kind.as_pointer()), []), I64)
 
-    return types.void(types.intp), generate
+    return types.intp(types.intp), generate
 
 
 def pause(isa: ModuleType) -> Any:

@@ -8,6 +8,7 @@ prepared once (int8 with a scale per 32) and shared by its readers.
 
 import math
 from collections.abc import Iterable
+from itertools import cycle
 from types import ModuleType
 from typing import Any
 
@@ -20,12 +21,12 @@ from edgeq.kernels.program import Op, aligned, arguments
 from edgeq.models.arch import Arch
 from edgeq.models.inputs import Inputs
 from edgeq.models.weights import Layer, Matrix, Weights
+from edgeq.tuning import Tuning
 
 __all__ = ["FEW", "Transformer"]
 
 FEW = 7  # up to so many tokens weights are streamed row by row; above, panels are unpacked
 PANEL_BYTES = 192 * 1024  # unpacked panels that a thread keeps in its L2 cache
-TURNS = 8  # chunks of rows per thread
 COUNTER = 128  # bytes of a counter, on cache lines of its own
 DECODE_QUERIES = (1, 2, 4, 8)  # widths of the attention tile; the widest is for prompts
 
@@ -45,8 +46,10 @@ class Transformer:
         threads: int,
         batch: int,
         outputs: int,
+        tuning: Tuning | None = None,
     ) -> None:
         self.arch, self.weights, self.kv, self.isa, self.threads = arch, weights, kv, isa, threads
+        self.tuning = tuning or Tuning()
         self.state = np.zeros(2, np.int64)  # tokens in this batch, position of the first
         self.out_state = np.zeros(2, np.int64)  # how many of the last tokens want logits
         self.ids = np.zeros(batch, np.int32)
@@ -66,7 +69,7 @@ class Transformer:
         self._shared = Inputs(rows, widest)
         self._own = Inputs(min(FEW, batch), max(a.embedding_length, q), self.threads)
         self._taken = aligned(2 * COUNTER * len(self.weights.matrices)).view(np.int64)
-        self._counters = iter(range(0, self._taken.nbytes, COUNTER))
+        self._counters = cycle(range(0, self._taken.nbytes, COUNTER))
         self._bytes: dict[str, np.ndarray] = {}
         floats = {
             "x": batch * a.embedding_length,
@@ -242,17 +245,12 @@ class Transformer:
             scratch=_address(self._scratch),
             scratch_bytes=self._scratch_bytes,
             group=self._panels(m),
-            ahead=layout.PREFETCH,
-            chunk=self._chunk(m.rows),
+            ahead=self.tuning.ahead,
+            chunk=self.tuning.turn(m.rows, self.threads),
             taken=_address(self._taken) + next(self._counters),
             private=given.private,
         )
         return Op(f"{'matmul' if many else 'matvec'}/{m.format.name}", args, barrier)
-
-    def _chunk(self, rows: int) -> int:
-        """Rows that a thread takes at a time: several turns each, so that nobody waits long."""
-        step = layout.ROWS_AT_ONCE
-        return max(rows // (TURNS * self.threads * step), 1) * step
 
     def _sums(self, m: Matrix, many: bool) -> str:
         """Which sums of activations a product with `m` reads."""

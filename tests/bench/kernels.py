@@ -21,6 +21,7 @@ from edgeq.kernels.program import TEAM_KERNELS, Op, Program, Team, aligned, argu
 
 COLS, TOKENS, REPEATS = 2048, 512, 7
 READ = 1 << 28  # bytes of the matrix that matvec reads
+TAKEN: list[np.ndarray] = []  # counters of the work that is taken
 KEPT: list[np.ndarray] = []  # what the ops of one format point to
 
 
@@ -50,17 +51,21 @@ def op(name: str, fmt: blocks.BlockFormat, w: np.ndarray, tokens: int, threads: 
         "scratch_bytes": size,
         "group": 1,
         "ahead": layout.PREFETCH,
-        "chunk": 0,
+        "chunk": 64,
+        "private": 0,
         "w": int(w.ctypes.data),
     }
     made = Op(f"{name}/{fmt.name}", arguments(layout.MATMUL, **places, **numbers))
     KEPT.extend([w, *buffers.values()])
+    TAKEN.append(buffers["taken"])
     return made
 
 
 def seconds(program: Program) -> float:
     times = []
     for _ in range(REPEATS):
+        for counter in TAKEN:
+            counter.fill(0)
         start = perf_counter()
         program.run()
         times.append(perf_counter() - start)

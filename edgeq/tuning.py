@@ -1,0 +1,154 @@
+"""Parameters of decoding that depend on the machine, found by a short measurement and kept beside
+the compiled kernels.
+
+How far ahead a core asks for weights, and how many rows threads take at a time, are
+decided by its prefetchers and memory channels: nothing that a table could tell.
+"""
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from statistics import median
+from time import perf_counter
+from types import ModuleType
+
+import numpy as np
+
+from edgeq import blocks, memory
+from edgeq.kernels import cache, layout, load
+from edgeq.kernels.program import TEAM_KERNELS, Op, Program, Team, aligned, arguments
+
+__all__ = ["AHEAD", "CHUNK", "Tuning", "measure", "tuned"]
+
+AHEAD = (0, 1024, 2048, 4096, 8192)  # bytes
+CHUNK = (0, 16, 64, 256)  # rows
+TURNS = 8  # so many that nobody waits long for the last, so few that taking them costs nothing
+FORMAT = "Q4_K"
+COLS, ROWS = 2048, 5632  # one product: a small model's feed-forward matrix
+COUNTER = 128  # bytes between counters: cache lines of their own
+READ_BYTES = 1 << 27  # all products together: more than the caches of a core
+ROUNDS, SECONDS = 15, 0.5  # per parameter: at most so many, at most so long
+GAIN, OFTEN = 1.02, 0.8  # what a value must win by, and in how many of the rounds it must win
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """ahead: bytes of a row that are asked for in advance, 0 = none. chunk: rows that a thread
+    takes at a time, 0 = so many that each has TURNS turns.
+    """
+
+    ahead: int = layout.PREFETCH
+    chunk: int = 0
+
+    def turn(self, rows: int, threads: int) -> int:
+        """Rows of a matrix of `rows` that each of `threads` threads takes at a time.
+
+        >>> Tuning().turn(2048, 2), Tuning(chunk=64).turn(2048, 2)
+        (128, 64)
+        """
+        step = layout.ROWS_AT_ONCE
+        return self.chunk or max(rows // (TURNS * threads * step), 1) * step
+
+
+def tuned(
+    isa: ModuleType,
+    threads: int,
+    cores: int,
+    progress: Progress | None = None,
+    *,
+    again: bool = False,
+) -> Tuning:
+    """The stored parameters for this machine, instruction set and thread count, measured first
+    where there are none, or again. It never fails for lack of memory: then it is the default.
+
+    cores: threads that can run at the same time. progress(what, done, total) as for `load`.
+    """
+    name = f"tuning-{threads}"
+    kept = None if again else cache.recall(name, isa)
+    if kept is not None:
+        with contextlib.suppress(TypeError, ValueError):
+            return Tuning(**{field: max(int(value), 0) for field, value in kept.items()})
+    try:
+        found = measure(isa, threads, cores, progress)
+    except MemoryError:
+        return Tuning()
+    memory.restart_peak()  # what this took, once per machine, is no part of what a model needs
+    cache.remember(name, isa, asdict(found))
+    return found
+
+
+def measure(isa: ModuleType, threads: int, cores: int, progress: Progress | None = None) -> Tuning:
+    """Measure now, about a second: first the prefetch distance, then the rows at a time."""
+    addresses = load([f"matvec/{FORMAT}", *TEAM_KERNELS], isa, progress)
+    if progress:
+        progress("measuring this machine", 1, 1)
+    team = Team(isa, threads, cores)
+    best = Tuning()
+    try:
+        layer = _Layer(isa, threads, addresses, team)
+        for name, values in (("ahead", AHEAD), ("chunk", CHUNK)):
+            options = [best, *(replace(best, **{name: v}) for v in values)]
+            best = _fastest(layer, list(dict.fromkeys(options)))
+    finally:
+        team.close()
+    return best
+
+
+def _fastest(layer: "_Layer", options: list[Tuning]) -> Tuning:
+    """The first option, unless another is clearly faster: each round compares them anew, so that
+    what else the machine does weighs little.
+    """
+    ratios: dict[Tuning, list[float]] = {option: [] for option in options}
+    end = perf_counter() + SECONDS
+    for i in range(ROUNDS):
+        if i > 2 and perf_counter() > end:
+            break
+        seconds = {option: layer.seconds(option) for option in options}
+        for option in options:
+            ratios[option].append(seconds[options[0]] / seconds[option])
+    best = max(options, key=lambda option: median(ratios[option]))
+    wins = sum(ratio > 1 for ratio in ratios[best]) / len(ratios[best])
+    return best if median(ratios[best]) > GAIN and wins >= OFTEN else options[0]
+
+
+class _Layer:
+    """Products that read a large piece of memory once, as decoding one token does."""
+
+    def __init__(
+        self, isa: ModuleType, threads: int, addresses: dict[str, int], team: Team
+    ) -> None:
+        fmt = blocks.get(FORMAT)
+        size = ROWS * blocks.row_bytes(fmt, COLS)
+        count = max(min(READ_BYTES, memory.available() // 4) // size, 1)
+        scratch = -(-layout.matvec_scratch(COLS) // 64) * 64
+        sizes = {"x": COLS, "xd": COLS // 8, "xs": COLS // 4, "out": 4 * ROWS}
+        sizes |= {"state": 16, "scratch": threads * scratch, "w": count * size}
+        sizes |= {"taken": count * COUNTER}
+        self._memory = {name: aligned(nbytes) for name, nbytes in sizes.items()}
+        self._memory["w"][:] = 1  # pages that were never written are all the same one
+        self._memory["state"].view(np.int64)[0] = 1
+        places = {name: int(part.ctypes.data) for name, part in self._memory.items()}
+        numbers = {"rows": ROWS, "cols": COLS, "row_bytes": size // ROWS, "stride": ROWS}
+        numbers |= {"bias": 0, "add": 0, "group": 1, "scratch_bytes": scratch}
+        numbers |= {"private": 0, **asdict(Tuning())}
+        first, taken = places.pop("w"), places.pop("taken")
+        self._args = [
+            arguments(
+                layout.MATMUL, **places, **numbers, w=first + i * size, taken=taken + i * COUNTER
+            )
+            for i in range(count)
+        ]
+        self._threads = threads
+        ops = [Op(f"matvec/{FORMAT}", args) for args in self._args]
+        self._program = Program(ops, addresses, team, threads)
+
+    def seconds(self, tuning: Tuning) -> float:
+        """Time of one pass with these parameters."""
+        for name, value in (("ahead", tuning.ahead), ("chunk", tuning.turn(ROWS, self._threads))):
+            for args in self._args:
+                args[layout.MATMUL.index(name)] = value
+        self._memory["taken"].fill(0)
+        start = perf_counter()
+        self._program.run()
+        return perf_counter() - start

@@ -1,0 +1,116 @@
+"""Parameters of decoding: how they are chosen, kept and used."""
+
+import importlib
+from pathlib import Path
+from typing import Any
+from unittest.mock import MagicMock
+
+import numpy as np
+import pytest
+
+import edgeq
+from edgeq import tuning
+from edgeq.kernels import cache, layout
+from edgeq.kernels import isa as isas
+from edgeq.tuning import AHEAD, CHUNK, Tuning
+
+EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "tiny-home"
+DEFAULT = Tuning()
+
+
+class Timed:
+    """A layer whose speed depends on the parameters; each time is off by the next of `noise`."""
+
+    def __init__(self, faster: dict[Tuning, float], noise: list[float] | None = None) -> None:
+        self.faster, self.noise, self.asked = faster, noise or [1.0], 0
+
+    def seconds(self, option: Tuning) -> float:
+        self.asked += 1
+        return self.noise[self.asked % len(self.noise)] / self.faster.get(option, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("gain", "noise", "wins"),
+    [
+        (1.10, [1.0], True),
+        (1.01, [1.0], False),  # too little
+        (1.04, [1.0] * 19 + [3.0], True),  # something else ran now and then
+        (1.04, [1.0, 1.3, 0.8, 1.2, 0.9, 1.4, 0.7], False),  # too noisy to tell
+    ],
+)
+def test_the_default_stays_unless_another_is_clearly_faster(
+    gain: float, noise: list[float], wins: bool
+) -> None:
+    other = Tuning(1024, 0)
+    layer: Any = Timed({other: gain}, noise)
+    expected = other if wins else DEFAULT
+    assert tuning._fastest(layer, [DEFAULT, other, Tuning(0, 0)]) == expected
+
+
+def test_one_parameter_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    faster = {Tuning(a, c): 1 + (a == 8192) / 2 + (c == 64) / 2 for a in AHEAD for c in CHUNK}
+    monkeypatch.setattr(tuning, "_Layer", lambda *_: Timed(faster))
+    assert tuning.measure(isas.choose(), 1, 2) == Tuning(8192, 64)
+
+
+def test_a_real_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Any result may come of it, from the lists; it says what it does."""
+    monkeypatch.setattr(tuning, "READ_BYTES", 1 << 24)
+    monkeypatch.setattr(tuning, "SECONDS", 0.01)
+    said: list[str] = []
+    found = tuning.measure(isas.choose(), 2, 2, lambda what, *_: said.append(what))
+    assert found.ahead in AHEAD
+    assert found.chunk in CHUNK
+    assert said[-1] == "measuring this machine"
+
+
+def test_a_layer_passes_the_parameters_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuning, "READ_BYTES", 1)
+    monkeypatch.setattr(tuning, "Program", MagicMock())
+    layer = tuning._Layer(isas.choose(), 1, {}, MagicMock())
+    assert layer.seconds(Tuning(123, 45)) >= 0
+    words = dict(zip(layout.MATMUL, layer._args[0].tolist()))
+    assert (words["ahead"], words["chunk"]) == (123, 45)
+
+
+def test_what_was_found_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept: dict[str, Any] = {}
+    found = [Tuning(2048, 16), Tuning(0, 64), Tuning(0, 256)]
+    monkeypatch.setattr(cache, "recall", lambda name, isa: kept.get(name))
+    monkeypatch.setattr(cache, "remember", lambda name, isa, values: kept.update({name: values}))
+    monkeypatch.setattr(tuning, "measure", lambda *_: found.pop(0))
+    isa = isas.choose()
+    assert [tuning.tuned(isa, 2, 2).ahead for _ in range(3)] == [2048] * 3
+    assert tuning.tuned(isa, 2, 2, again=True) == Tuning(0, 64)
+    kept["tuning-2"] = {"ahead": "much", "chunk": 0}
+    assert tuning.tuned(isa, 2, 2) == Tuning(0, 256)
+    kept["tuning-2"] = {"ahead": -5, "chunk": 16}
+    assert tuning.tuned(isa, 2, 2) == Tuning(0, 16)
+
+
+def test_no_memory_to_measure_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> Tuning:
+        raise MemoryError
+
+    monkeypatch.setattr(tuning, "measure", fail)
+    monkeypatch.setattr(cache, "recall", lambda name, isa: None)
+    assert tuning.tuned(isas.choose(), 2, 2) == DEFAULT
+
+
+def test_every_choice_gives_the_same_answer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And a loaded model uses what was found."""
+    path = edgeq.convert(EXAMPLE, tmp_path / "tiny.gguf", "Q4_K_M")
+    engine, results = importlib.import_module("edgeq.engine"), []
+    for choice in (DEFAULT, Tuning(0, 16), Tuning(8192, 7)):
+        monkeypatch.setattr(engine, "tuned", lambda *_, choice=choice: choice)
+        with edgeq.load(path, threads=2) as model:
+            assert model._net.tuning == choice
+            products = [op for op in model._net.body(many=False) if op.kernel.startswith("matvec")]
+            at = [layout.MATMUL.index(name) for name in ("ahead", "chunk", "rows")]
+            for ahead, chunk, rows in (op.args[at].tolist() for op in products):
+                assert (ahead, chunk) == (choice.ahead, choice.turn(rows, 2))
+            results.append(model.logits(range(5, 10)))
+    for other in results[1:]:
+        np.testing.assert_array_equal(other, results[0])
