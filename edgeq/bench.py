@@ -61,15 +61,17 @@ def run(
     threads: int | None = None,
     reps: int = 5,
     depth: int = 0,
+    kv: str | tuple[str, str] = "f16",
     progress: Progress | None = None,
     on_compile: Callable[[str, int, int], None] | None = None,
 ) -> list[Row]:
     """Measure each prompt length and each generation length; one warm-up each, not counted.
 
     prompts, gens: lengths in tokens; by default PROMPT and GEN, or what the model's context holds.
-    depth: tokens in the KV cache before. Sampling and tokenizing are not timed.
+    depth: tokens in the KV cache before. kv: as `edgeq.load` takes it. Sampling and tokenizing are
+    not timed.
 
-    Raises RequestError when a test does not fit the model's context.
+    Raises RequestError when a test does not fit the model's context, or for kv.
     """
     context = _context(path)
     room = max(context - depth, 1)
@@ -84,7 +86,7 @@ def run(
             f"{path}: context length {context}: a test of {need} tokens does not fit: "
             "use smaller -p, -n or -d"
         )
-    with load(path, threads=threads, ctx=need, on_compile=on_compile) as model:
+    with load(path, threads=threads, ctx=need, kv=kv, on_compile=on_compile) as model:
         rows = [_measure(model, *test, depth, reps, progress) for test in tests]
     # Last, since measuring the limits takes memory of its own.
     limits = measured(rows[0].n_threads, cores())
@@ -161,8 +163,8 @@ def _facts(model: Model) -> dict[str, Any]:
         "model_size": sum(t.nbytes for t in gguf.tensors.values()),
         "model_n_params": sum(int(np.prod(t.shape)) for t in gguf.tensors.values()),
         "n_threads": model.threads,
-        "type_k": "f16",
-        "type_v": "f16",
+        "type_k": model.kv_types[0],
+        "type_v": model.kv_types[1],
     }
 
 

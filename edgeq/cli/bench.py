@@ -14,6 +14,8 @@ from edgeq.cli._terminal import Status, human, note
 if TYPE_CHECKING:
     from edgeq.bench import Row
 
+_KV = "f16, bf16, f32, q8_0 or q4_0: type of cached"
+
 
 def _counts(ctx: click.Context, param: click.Parameter, value: str | None) -> list[int] | None:
     """Comma-separated counts, such as 128,512; without 0, which leaves a kind of test out."""
@@ -47,6 +49,8 @@ def _counts(ctx: click.Context, param: click.Parameter, value: str | None) -> li
 @click.option("-d", "--n-depth", type=click.IntRange(0), default=0, help="Tokens before. [0]")
 @click.option("-t", "--threads", type=click.IntRange(1), help="Threads. [one per core]")
 @click.option("-r", "--repetitions", type=click.IntRange(1), default=5, help="Repetitions. [5]")
+@click.option("-ctk", "--cache-type-k", default="f16", metavar="TYPE", help=f"{_KV} keys. [f16]")
+@click.option("-ctv", "--cache-type-v", default="f16", metavar="TYPE", help=f"{_KV} values. [f16]")
 @click.option(
     "-o",
     "--output",
@@ -61,6 +65,8 @@ def command(
     n_depth: int,
     threads: int | None,
     repetitions: int,
+    cache_type_k: str,
+    cache_type_v: str,
     output: str,
 ) -> None:
     """Measure how fast MODEL reads prompts (pp) and generates (tg): tokens per second, mean ± σ.
@@ -78,6 +84,7 @@ def command(
             threads=threads,
             reps=repetitions,
             depth=n_depth,
+            kv=(cache_type_k, cache_type_v),
             progress=status,
             on_compile=status.compiling(),
         )
@@ -92,9 +99,14 @@ def command(
 
 
 def _markdown(rows: "Sequence[Row]") -> str:
+    # As in llama-bench, a column of types is there when one of them is not the usual.
+    kinds = [name for name in ("type_k", "type_v") if any(getattr(r, name) != "f16" for r in rows)]
+    heads = ["model", "size", "params", "backend", "threads", *kinds, "test", "t/s"]
+    heads += ["of this machine", "peak RAM"]
+    left = ["model", "backend", *kinds]
     lines = [
-        "| model | size | params | backend | threads | test | t/s | of this machine | peak RAM |",
-        "| --- | ---: | ---: | --- | ---: | ---: | ---: | ---: | ---: |",
+        f"| {' | '.join(heads)} |",
+        f"| {' | '.join('---' if head in left else '---:' for head in heads)} |",
     ]
     for row in rows:
         cells = (
@@ -103,6 +115,7 @@ def _markdown(rows: "Sequence[Row]") -> str:
             _billions(row.model_n_params),
             row.backends,
             row.n_threads,
+            *(getattr(row, name) for name in kinds),
             _test(row),
             f"{row.avg_ts:.2f} ± {row.stddev_ts:.2f}",
             f"{row.rate:.1f} {'GMAC/s' if row.n_prompt else 'GB/s'}, {row.rate / row.limit:.0%}",
