@@ -44,23 +44,25 @@ def from_stored(e: Emit, kind: str, pointer: Value, lanes: int) -> Value:
 def each_block(e: Emit, row: Value, n: Value, body: Callable[[Value, list[Value]], None]) -> None:
     """body(block, two f32[16]) over f32[n]; the last block is filled up with zeros."""
     full, rest = e.b.udiv(n, e.i64(BLOCK)), e.b.urem(n, e.i64(BLOCK))
-    spare = e.pointer(e.b.ptrtoint(e.b.alloca(vector(F32, BLOCK)), I64))
-    e.store(e.fill(F32, BLOCK, 0.0), spare)
-
-    def fill(i: Value, _: list[Value]) -> list[Value]:
-        at = e.b.add(e.b.mul(full, e.i64(BLOCK)), i)
-        e.store(e.load(F32, row, e.b.mul(at, e.i64(4))), spare, e.b.mul(i, e.i64(4)))
-        return []
 
     def block(g: Value, _: list[Value]) -> list[Value]:
-        whole = e.b.icmp_unsigned("<", g, full)
-        source = e.b.select(whole, e.at(row, e.b.mul(g, e.i64(4 * BLOCK))), spare)
+        source = e.at(row, e.b.mul(g, e.i64(4 * BLOCK)))
         body(g, [e.load(vector(F32, HALF), source, 4 * HALF * k) for k in (0, 1)])
         return []
 
-    e.loop(rest, [], fill)
-    count = e.b.udiv(e.b.add(n, e.i64(BLOCK - 1)), e.i64(BLOCK))
-    e.loop(count, [], block)
+    def insert(i: Value, v: list[Value]) -> list[Value]:
+        at = e.b.add(e.b.mul(full, e.i64(BLOCK)), i)
+        x = e.load(F32, row, e.b.mul(at, e.i64(4)))
+        return [e.b.insert_element(v[0], x, e.b.trunc(i, I32))]
+
+    def last(_: Value, v: list[Value]) -> list[Value]:
+        body(full, [e.pick(v[0], range(k, k + HALF)) for k in (0, HALF)])
+        return v
+
+    e.loop(full, [], block)
+    tail = e.loop(rest, [e.fill(F32, BLOCK, 0.0)], insert)
+    some = e.b.zext(e.b.icmp_unsigned("!=", rest, e.i64(0)), I64)
+    e.loop(some, tail, last)
 
 
 def quantize(e: Emit, kind: str, parts: list[Value]) -> tuple[list[Value], Value]:
