@@ -31,7 +31,8 @@ class Plan:
 
     prompts, gens: lengths in tokens; by default PROMPT and GEN, or what the model's context holds.
     depths: tokens in the KV cache before. threads: None = the model's default. threads_batch: those
-    of prompts, None = as threads. delay: seconds to rest before each test.
+    of prompts, None = as threads. delay: seconds to rest before each test. kv: types
+    of the KV cache, as `edgeq.load` takes them.
     """
 
     prompts: Sequence[int] | None = None
@@ -42,6 +43,7 @@ class Plan:
     reps: int = 5
     warm_up: bool = True
     delay: float = 0
+    kv: str | tuple[str, str] = "f16"
 
     def tests(self, context: int) -> list["Test"]:
         """Tests for a model with this context, at each depth."""
@@ -114,7 +116,8 @@ def run(
 
     What is in the KV cache before a test is read once for all tests and repetitions that share it.
 
-    Raises RequestError when there is nothing to measure or a test does not fit a model's context.
+    Raises RequestError when there is nothing to measure or a test does not fit a model's context,
+    or for kv.
     """
     for count in (*plan.threads, *plan.threads_batch):
         whole("threads", 1 if count is None else count, 1, 256)
@@ -166,7 +169,7 @@ def _series(
     limits = {count: measured(count, usable) for count in dict.fromkeys(tests.values())}
     memory.restart_peak()
     need = max(test.size for test in tests)
-    with load(path, ctx=need, **options) as model:
+    with load(path, ctx=need, kv=plan.kv, **options) as model:
         ids = np.random.default_rng(0).integers(0, model.arch.vocab_size, need).tolist()
         for test, threads in tests.items():
             time.sleep(plan.delay)
@@ -236,8 +239,8 @@ def _facts(model: Model, threads: int) -> dict[str, Any]:
         "model_size": sum(t.nbytes for t in gguf.tensors.values()),
         "model_n_params": sum(int(np.prod(t.shape)) for t in gguf.tensors.values()),
         "n_threads": threads,
-        "type_k": "f16",
-        "type_v": "f16",
+        "type_k": model.kv_types[0],
+        "type_v": model.kv_types[1],
     }
 
 

@@ -53,17 +53,18 @@ def load(
     threads: int | None = None,
     threads_batch: int | None = None,
     ctx: int | None = None,
-    kv: str = "f16",
+    kv: str | tuple[str, str] = "f16",
     on_compile: Progress | None = None,
 ) -> "Model":
     """Open a GGUF file for inference.
 
     threads: default one per physical performance core that this process may use. threads_batch:
     the same for prompts; default as many as threads. ctx: positions of the KV cache; default what
-    the model was trained on, at most 4096. on_compile(kernel, done, total) is called
-    while kernels are compiled, once per machine and edgeq version.
+    the model was trained on, at most 4096. kv: type of the KV cache, f16, bf16, f32, q8_0 or q4_0,
+    or a pair: of keys, of values. on_compile(kernel, done, total) is called while kernels are
+    compiled, once per machine and edgeq version.
 
-    Raises FormatError, ModelError for the file; RequestError for ctx or thread counts;
+    Raises FormatError, ModelError for the file; RequestError for ctx, thread counts or kv;
     ResourceError when memory does not suffice.
     """
     gguf = open_gguf(path)
@@ -98,7 +99,7 @@ class Model:
         threads: int | None,
         threads_batch: int | None,
         ctx: int | None,
-        kv: str,
+        kv: str | tuple[str, str],
         on_compile: Progress | None,
     ) -> None:
         self.gguf = gguf
@@ -111,12 +112,13 @@ class Model:
         self.threads_batch = _count("threads_batch", threads_batch, self.threads)
         bound = weights.bind(gguf, self.arch)
         self.warnings = [f"tensor {name} is not used" for name in bound.unused]
+        self.kv_types = cache.kv_types(kv)  # of keys, of values
         self.ctx = self._context(ctx)
         self._frequencies = rope.frequencies(self.arch.rope, bound.rope_freqs)
         self._magnitude = rope.magnitude(self.arch.rope)
         isa = isas.choose()
         self.isa: str = isa.NAME
-        store = cache.allocate(self.arch, self.ctx, kv, available=memory.available())
+        store = cache.allocate(self.arch, self.ctx, self.kv_types, available=memory.available())
         self.kv_bytes = store.nbytes
         batch = min(BATCH, store.context)
         outputs = min(OUTPUTS, batch)
@@ -146,7 +148,7 @@ class Model:
         if ctx is not None:
             return whole("ctx", ctx, 1, trained)
         wanted = min(trained, DEFAULT_CONTEXT)
-        fits = memory.available() // 2 // cache.bytes_per_position(self.arch)
+        fits = memory.available() // 2 // cache.bytes_per_position(self.arch, self.kv_types)
         if fits < wanted:
             self.warnings.append(f"context of {fits} instead of {wanted}: memory is short")
         return int(max(min(wanted, fits), 1))

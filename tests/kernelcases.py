@@ -7,10 +7,12 @@ Each function raises AssertionError when the kernel's result is wrong.
 import ctypes
 
 import kernelkit as kit
+import kvkit
 import naive
 import numpy as np
 
 from edgeq import blocks
+from edgeq.cache import turn
 from edgeq.kernels import isa as isas
 from edgeq.kernels import layout
 from edgeq.kernels.panel import Lanes, lanes_of
@@ -262,51 +264,87 @@ def rope(
     heads: int = 4,
     kv_heads: int = 2,
     norm: bool = False,
+    types: tuple[str, str] = ("f16", "f16"),
     threads: int = 1,
     place: kit.Place = kit.anywhere,
 ) -> None:
     """q, k rotated in place (the first `turned` of `dim`), k and v stored in the cache."""
     rng = generator(tokens, position, dim, turned, halves, norm)
-    context, pairs, wide = _context(position + tokens), turned // 2, layout.padded(dim)
+    context, pairs = kvkit.context(position + tokens), turned // 2
     q = floats(rng, tokens, heads, dim)
     k, v = floats(rng, tokens, kv_heads, dim), floats(rng, tokens, kv_heads, dim)
     angles = rng.uniform(-3, 3, (tokens, pairs))
     q_norm, k_norm = floats(rng, dim), floats(rng, dim)
     step, gap, scale = (1, pairs, 0.125) if halves else (2, 1, 0.125)
-    k_cache = np.full((kv_heads, context // 16, dim, 16), MARK, np.float16)
-    v_cache = np.full((kv_heads, context, wide), MARK, np.float16)
+    k_cache, k_scales = kvkit.arrays(types[0], kv_heads, context, dim, keys=True)
+    v_cache, v_scales = kvkit.arrays(types[1], kv_heads, context, dim, keys=False)
     arrays = {"q": q, "k": k, "v": v, "k_cache": k_cache, "v_cache": v_cache}
+    arrays |= {"k_scales": k_scales, "v_scales": v_scales}
     arrays |= {"cos": np.cos(angles).astype(np.float32), "sin": np.sin(angles).astype(np.float32)}
     arrays |= {"q_norm": q_norm, "k_norm": k_norm} if norm else {}
     there = {key: place(a) for key, a in arrays.items()}
     words = state(tokens, position, place)
     places = {"q_norm": 0, "k_norm": 0, "state": at(words)}
     places |= {key: at(a) for key, a in there.items()}
+    spread = [turn(kind, dim) for kind in types]
     sizes = {"heads": heads, "kv_heads": kv_heads, "head_dim": dim, "context": context}
     turns = {"pairs": pairs, "step": step, "gap": gap, "eps": 1e-6, "scale": scale}
-    kit.run("rope", isa, arguments(layout.ROPE, **places, **sizes, **turns), threads)
+    turns |= {"k_turn": spread[0], "v_turn": spread[1]}
+    kit.run(
+        f"rope/{'.'.join(types)}", isa, arguments(layout.ROPE, **places, **sizes, **turns), threads
+    )
 
-    def turn(rows: np.ndarray, weight: np.ndarray) -> np.ndarray:
-        return np.array([
+    def turn_rows(rows: np.ndarray, weight: np.ndarray) -> np.ndarray:
+        rotated = np.array([
             [
                 naive.rotate(naive.rms_norm(r, weight, 1e-6) if norm else r, angles[t], step, gap)
                 for r in rows[t]
             ]
             for t in range(tokens)
         ])  # fmt: skip
+        return naive.hadamard(rotated, spread[0])
 
+    np.testing.assert_allclose(there["q"], turn_rows(q, q_norm) * scale, rtol=5e-6, atol=5e-6)
+    expected = turn_rows(k, k_norm), naive.hadamard(v, spread[1])
+    for letter, kind, rows in zip("kv", types, expected, strict=True):
+        cache, scales = there[f"{letter}_cache"], there[f"{letter}_scales"]
+        _check_stored(
+            kind, rows, cache, scales, position, letter == "k", isas.modules()[isa].OFFSET
+        )
+
+
+def _check_stored(
+    kind: str,
+    rows: np.ndarray,
+    cache: np.ndarray,
+    scales: np.ndarray,
+    position: int,
+    keys: bool,
+    offset: int,
+) -> None:
+    """Each value is within half a step of the type; nothing else in the cache is touched."""
+    tokens, heads, dim = rows.shape
+    positions = cache.size // heads // layout.kv_wide(kind, dim)
+    positions *= 8 // layout.KV_BITS[kind] if layout.kv_blocks(kind) else 1
+    shape = heads, positions, dim
+    got, d = kvkit.unpacked(kind, cache, scales, shape, offset, keys=keys)
     new = slice(position, position + tokens)
-    np.testing.assert_allclose(there["q"], turn(q, q_norm) * scale, rtol=3e-6, atol=3e-6)
-    keys = there["k_cache"].swapaxes(2, 3).reshape(kv_heads, context, dim)
-    np.testing.assert_allclose(
-        keys[:, new].swapaxes(0, 1), turn(k, k_norm), rtol=2**-10, atol=2**-12
-    )
-    np.testing.assert_array_equal(
-        there["v_cache"][:, new, :dim].swapaxes(0, 1), v.astype(np.float16)
-    )
-    assert (np.delete(keys, new, axis=1) == MARK).all()
-    assert (np.delete(there["v_cache"], new, axis=1) == MARK).all()
-    assert (there["v_cache"][:, new, dim:] == MARK).all()
+    error = np.abs(got[:, new, :dim] - rows.swapaxes(0, 1))
+    steps = {"f32": 2**-22, "f16": 2**-11, "bf16": 2**-8, "q8_0": 2**-20, "q4_0": 2**-20}
+    # The largest value of q4_0 on the side where codes end at 7 may be a whole step away.
+    whole = {"q8_0": 0.501, "q4_0": 1.001}.get(kind, 0) * np.abs(d[:, new, :dim])
+    assert (error <= steps[kind] * np.abs(rows.swapaxes(0, 1)) + whole + 4e-6).all()
+    if layout.kv_blocks(kind):  # the scale is no larger than the block needs
+        full = np.zeros((heads, tokens, layout.kv_wide(kind, dim)))
+        full[..., :dim] = np.abs(rows.swapaxes(0, 1))
+        peak = full.reshape(heads, tokens, -1, 32).max(-1).repeat(32, -1)
+        assert (np.abs(d[:, new]) <= peak / (127 if kind == "q8_0" else 8) * 1.001 + 1e-7).all()
+        np.testing.assert_array_equal(got[:, new, dim:], 0)
+    fresh, fresh_scales = kvkit.arrays(kind, heads, positions, dim, keys=keys)
+    before, _ = kvkit.unpacked(kind, fresh, fresh_scales, shape, offset, keys=keys)
+    np.testing.assert_array_equal(np.delete(got, new, 1), np.delete(before, new, 1))
+    if not layout.kv_blocks(kind):
+        np.testing.assert_array_equal(got[:, new, dim:], before[:, new, dim:])
 
 
 def attend(
@@ -318,34 +356,54 @@ def attend(
     dim: int,
     heads: int,
     kv_heads: int,
+    types: tuple[str, str] = ("f16", "f16"),
+    span: int = 1000,
     threads: int = 1,
     scale: float = 1.0,
     place: kit.Place = kit.anywhere,
-) -> None:
-    """Causal attention of tokens at `position` on over all keys before and among them. What lies
-    in the cache after them is poison.
+) -> np.ndarray:
+    """Causal attention of tokens at `position` on over all keys before and among them; the result.
+    What lies in the cache after them is poison.
     """
-    rng = generator(queries, tokens, position, dim, heads, kv_heads)
-    seen, wide = position + tokens, layout.padded(dim)
-    context = _context(seen)
-    q = scale / np.sqrt(np.float32(dim)) * floats(rng, tokens, heads, dim)
-    k, v = (floats(rng, context, kv_heads, dim).astype(np.float16) for _ in range(2))
-    k[seen:], v[seen:] = 60000, 60000
-    keys = k.swapaxes(0, 1).reshape(kv_heads, context // 16, 16, dim).swapaxes(2, 3)
-    values = np.zeros((kv_heads, context, wide), np.float16)
-    values[..., :dim] = v.swapaxes(0, 1)
+    rng = generator(dim, heads, kv_heads)
+    context, seen = kvkit.context(position + tokens), position + tokens
+    k, v = (floats(rng, 640, kv_heads, dim).swapaxes(0, 1)[:, :context] for _ in range(2))
+    q = floats(rng, 640, heads, dim)[position:seen]
+    q = (scale / np.sqrt(np.float32(dim)) * q).astype(np.float32)
+    k[:, seen:], v[:, seen:] = 60000, 60000
+    offset = isas.modules()[isa].OFFSET
+    k_cache, k_scales = kvkit.packed(types[0], k, offset, keys=True)
+    v_cache, v_scales = kvkit.packed(types[1], v, offset, keys=False)
     scratch_bytes = layout.attend_scratch(dim, queries)
-    arrays = {"q": q, "k_cache": keys, "v_cache": values, "out": np.zeros_like(q)}
-    arrays["scratch"] = np.zeros(threads * scratch_bytes, np.uint8)
+    tiles = kv_heads * -(-tokens * (heads // kv_heads) // queries)
+    ranges = -(-seen // layout.KEYS)
+    arrays = {"q": q, "k_cache": k_cache, "v_cache": v_cache, "out": np.zeros_like(q)}
+    arrays |= {"k_scales": k_scales, "v_scales": v_scales, "done": np.zeros(tiles, np.int64)}
+    arrays["scratch"] = np.full(threads * scratch_bytes, 0xFF, np.uint8)
+    arrays["parts"] = np.full(tiles * ranges * layout.attend_part(dim, queries), 0xFF, np.uint8)
     there = {key: place(a) for key, a in arrays.items()}
     words = state(tokens, position, place)
     places = {key: at(a) for key, a in there.items()}
     sizes = {"heads": heads, "kv_heads": kv_heads, "head_dim": dim, "context": context}
-    args = arguments(layout.ATTEND, state=at(words), **places, **sizes, scratch_bytes=scratch_bytes)
-    kit.run(f"attend/{queries}", isa, args, threads)
-    expected = naive.attention(q, k[:seen], v[:seen], position)
-    np.testing.assert_allclose(there["out"], expected, rtol=2e-5, atol=2e-6 * scale**2)
+    sizes |= {"v_turn": turn(types[1], dim), "scratch_bytes": scratch_bytes, "span": span}
+    args = arguments(layout.ATTEND, state=at(words), **places, **sizes)
+    kit.run(f"attend/{queries}.{'.'.join(types)}", isa, args, threads)
+    asked = _asked(q) if layout.kv_blocks(types[0]) else q
+    keys, values = (
+        kvkit.kept(kind, x[:, :seen]).swapaxes(0, 1) for kind, x in zip(types, (k, v), strict=True)
+    )
+    expected = naive.attention(asked, keys, values, position)
+    expected = naive.hadamard(expected, turn(types[1], dim))
+    np.testing.assert_allclose(there["out"], expected, rtol=2e-5, atol=3e-6 * scale**2)
+    assert not there["done"].any()
+    return there["out"]
 
 
-def _context(positions: int) -> int:
-    return -(-positions // layout.TILE_KEYS) * layout.TILE_KEYS
+def _asked(q: np.ndarray) -> np.ndarray:
+    """Queries as keys of codes see them: int8 with a scale per 32."""
+    wide = layout.kv_wide("q8_0", q.shape[-1])
+    full = np.zeros((*q.shape[:-1], wide), np.float32)
+    full[..., : q.shape[-1]] = q
+    found = [naive.quantize32(block) for block in full.reshape(-1, 32)]
+    values = np.array([codes * np.float64(d) for codes, d in found])
+    return values.reshape(full.shape)[..., : q.shape[-1]]

@@ -16,6 +16,7 @@ from typing import Any
 import armkit
 import llvmlite.binding as llvm
 import numpy as np
+from kvkit import PAIRS
 from llvmlite import ir
 
 from edgeq import blocks, kernels
@@ -31,7 +32,7 @@ FORMATS = list(blocks.formats())
 # One format per way that codes and scales are stored; other instruction sets than the best one run
 # these as whole kernels, and all formats as emitted functions.
 FAMILIES = ["F16", "Q4_0", "Q4_K", "Q6_K"]
-QUERIES = (1, 2, 4, 8)
+QUERIES = (1, 2, 4, 8, 16)
 
 
 def formats_of(isa: str) -> list[str]:
@@ -120,7 +121,19 @@ def kernel_names(isa: ModuleType) -> list[str]:
         f"{op}/{fmt}" for op in ("matvec", "matmul", "embed") for fmt in formats_of(isa.NAME)
     ]
     prepare = [f"prepare/{columns}" for columns in (1, isa.TILE_COLS)]
-    return [*by_format, *prepare, *(f"attend/{n}" for n in QUERIES), "gather", "rope"]
+    return [*by_format, *prepare, *attention_names(isa.NAME), "gather"]
+
+
+def attention_names(isa: str) -> list[str]:
+    """All widths with the usual types; of other types two widths where they would be used."""
+    names = [f"attend/{n}.f16.f16" for n in QUERIES]
+    names += [f"attend/{n}.{k}.{v}" for k, v in PAIRS[1:] for n in queries_of(isa, k)]
+    return [*names, *(f"rope/{k}.{v}" for k, v in PAIRS)]
+
+
+def queries_of(isa: str, kind: str) -> tuple[int, ...]:
+    """Widths of the attention tile that are tested with a type of keys."""
+    return QUERIES if kind == "f16" else (2, 8, 16) if isa == BEST else (4,)
 
 
 @cache

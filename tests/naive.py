@@ -101,6 +101,37 @@ def rotate(row: np.ndarray, angles: np.ndarray, step: int, gap: int) -> np.ndarr
     return out
 
 
+def hadamard(x: np.ndarray, size: int) -> np.ndarray:
+    """Blocks of `size` of the last axis times the matrix of signs (-1)^(bits that i and j share),
+    divided by the root of size.
+    """
+    signs = [[1 - 2 * ((i & j).bit_count() % 2) for j in range(size)] for i in range(size)]
+    blocks = np.asarray(x, np.float64).reshape(*x.shape[:-1], -1, size)
+    return (blocks @ np.array(signs) / math.sqrt(size)).reshape(x.shape)
+
+
+def bf16_bits(x: np.ndarray) -> np.ndarray:
+    """uint16: the upper half of f32 values, rounded to nearest even."""
+    bits = x.astype(np.float32).view(np.uint32).astype(np.uint64)
+    return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
+
+
+def kv_block(kind: str, x: np.ndarray) -> tuple[np.ndarray, np.float16]:
+    """(codes, scale) of 32 f32 values: q8_0 -127..127; q4_0 0..15, of which 8 are taken off again;
+    the scale is rounded first, then the codes to nearest even.
+    """
+    with np.errstate(over="ignore"):
+        if kind == "q8_0":
+            scale = np.float16(np.max(np.abs(x)) * np.float32(1 / 127))
+            low, high, shift = -127, 127, 0
+        else:
+            scale = np.float16(x[np.argmax(np.abs(x))] / np.float32(-8))
+            low, high, shift = -8, 7, 8
+    inverse = np.float32(1) / np.float32(scale) if scale else np.float32(0)
+    codes = [min(max(int(np.rint(v * inverse)), low), high) + shift for v in x]
+    return np.array(codes), scale
+
+
 def attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, position: int) -> np.ndarray:
     """q [tokens, heads, dim] from `position` on, over k, v [positions, kv_heads, dim]."""
     q, k, v = (np.asarray(a, np.float64) for a in (q, k, v))

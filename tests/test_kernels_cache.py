@@ -358,7 +358,7 @@ def test_an_interrupted_compilation_stops(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(kernels, "_child", child)
     with pytest.raises(KeyboardInterrupt):
         kernels.load(
-            ["walk", "rope", "attend/8", "attend/4", "attend/2", "attend/1"], ISA, interrupt
+            ["walk", "rope/f16.f16", *(f"attend/{n}.f16.f16" for n in (8, 4, 2, 1))], ISA, interrupt
         )
     assert len(children) == min(2, os.cpu_count() or 1)
     assert [c.returncode for c in children] == [-signal.SIGKILL] * len(children)

@@ -4,6 +4,7 @@ import sys
 from collections.abc import Callable, Iterator
 
 import kernelkit as kit
+import kvkit
 import pytest
 from kernelfence import Case, Fence, case
 
@@ -94,26 +95,36 @@ def test_prepare(check: Check, isa: str) -> None:
     check([*cases, case("gather", isa, tokens=5, wanted=2, cols=19)])
 
 
+by_types = pytest.mark.parametrize("types", kvkit.PAIRS, ids=".".join)
+
+
+@by_types
 @each_isa
-def test_rope(check: Check, isa: str) -> None:
-    kit.kernel("rope", isa)
+def test_rope(check: Check, isa: str, types: tuple[str, str]) -> None:
+    kit.kernel(f"rope/{'.'.join(types)}", isa)
     shapes = [
         {"dim": 64, "turned": 64, "halves": True, "norm": True},
         {"dim": 20, "turned": 8, "halves": False, "norm": False},
         {"dim": 6, "turned": 6, "halves": False, "norm": True},
     ]
-    for tokens, position in ((1, 15), (7, 9)):
-        more = {"tokens": tokens, "position": position, "threads": 2}
+    for tokens, position in ((1, 31), (7, 25)):
+        more = {"tokens": tokens, "position": position, "threads": 2, "types": types}
         check([case("rope", isa, **shape, **more) for shape in shapes])
 
 
-@pytest.mark.parametrize("queries", kit.QUERIES)
+@by_types
 @each_isa
-def test_attend(check: Check, isa: str, queries: int) -> None:
-    kit.kernel(f"attend/{queries}", isa)
-    shape = {"heads": 6, "kv_heads": 2, "threads": 2}
-    cases = [
-        case("attend", isa, queries, tokens=tokens, position=position, dim=dim, **shape)
-        for tokens, position, dim in ((1, 0, 64), (1, 128, 20), (5, 139, 16), (17, 111, 40))
-    ]
-    check(cases)
+def test_attend(check: Check, isa: str, types: tuple[str, str]) -> None:
+    for queries in kit.queries_of(isa, types[0]):
+        kit.kernel(f"attend/{queries}.{'.'.join(types)}", isa)
+        shape = {"heads": 6, "kv_heads": 2, "threads": 2, "types": types}
+        cases = [
+            case("attend", isa, queries, tokens=tokens, position=at, dim=dim, span=span, **shape)
+            for tokens, at, dim, span in (
+                (1, 0, 64, 1),
+                (1, 288, 20, 1),
+                (5, 283, 16, 1),
+                (17, 111, 40, 9),
+            )
+        ]
+        check(cases)

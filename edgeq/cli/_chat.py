@@ -92,10 +92,16 @@ def statistics(model: "Model") -> str:
             f"answer {s.generated_tokens} tok, "
             f"{_rate(s.generated_tokens - 1, s.generation_seconds)}",
             f"peak RAM {human(memory.peak())}",
+            _kv_cache(model),
             f"{model.threads} thread{'s' if model.threads > 1 else ''}",
             model.isa,
         ]
     )
+
+
+def _kv_cache(model: "Model") -> str:
+    """Size and type of the KV cache; of keys and of values, where they differ."""
+    return f"KV cache {human(model.kv_bytes)} {'/'.join(dict.fromkeys(model.kv_types))}"
 
 
 def report(model: "Model", *, chatting: bool) -> None:
@@ -212,7 +218,7 @@ def _number(text: str) -> float | int | str:
 
 def _stats(chat: Chat, argument: str) -> None:
     note(statistics(chat.model))
-    note(f"context {chat.model.ctx} tokens, KV cache {human(chat.model.kv_bytes)}")
+    note(f"context {chat.model.ctx} tokens, {_kv_cache(chat.model)}")
 
 
 def _bye(chat: Chat, argument: str) -> bool:

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 MOST = 1000  # values of one range
 _RANGE = re.compile(r"(\d+)(?:-(\d+)(?:([+*])(\d+))?)?")
 
+_KV = "f16, bf16, f32, q8_0 or q4_0: type of cached"
+
 
 def _counts(ctx: click.Context, param: click.Parameter, texts: tuple[str, ...]) -> list[int]:
     """Counts and ranges as llama-bench writes them: 128,512 and 0-2048+512 and 1-8*2."""
@@ -67,6 +69,8 @@ def _list_option(*flags: str, text: str) -> Callable[[Any], Any]:
 )
 @click.option("--limits", is_flag=True, help="Show what the machine can do at most, without MODEL.")
 @click.option("--tune", is_flag=True, help="Find anew what suits this machine's memory best.")
+@click.option("-ctk", "--cache-type-k", default="f16", metavar="TYPE", help=f"{_KV} keys. [f16]")
+@click.option("-ctv", "--cache-type-v", default="f16", metavar="TYPE", help=f"{_KV} values. [f16]")
 @click.option(
     "-o",
     "--output",
@@ -87,6 +91,8 @@ def command(
     delay: float,
     limits: bool,
     tune: bool,
+    cache_type_k: str,
+    cache_type_v: str,
     output: str,
 ) -> None:
     """Measure how fast MODEL reads prompts (pp) and generates (tg): tokens per second, mean ± σ.
@@ -114,6 +120,7 @@ def command(
         reps=repetitions,
         warm_up=not no_warmup,
         delay=delay,
+        kv=(cache_type_k, cache_type_v),
     )
     _print(_ROWS[output](_rows(models, plan)))
 
@@ -176,16 +183,22 @@ def _tuning(threads: int, cores: int) -> dict[str, Any]:
 
 # -- formats ---------------------------------------------------------------------------------------
 def _markdown(rows: "Iterable[Row]") -> Iterator[str]:
+    kinds: list[str] = []
     for i, row in enumerate(rows):
         if not i:
-            yield f"| {' | '.join(_COLUMNS)} |"
-            yield "| --- | ---: | ---: | --- | ---: | ---: | ---: | ---: | ---: |"
+            # As in llama-bench, a column of types is there when it is not the usual one.
+            kinds = [name for name in ("type_k", "type_v") if getattr(row, name) != "f16"]
+            heads = [*_COLUMNS[:5], *kinds, *_COLUMNS[5:]]
+            left = ("model", "backend", *kinds)
+            yield f"| {' | '.join(heads)} |"
+            yield f"| {' | '.join('---' if head in left else '---:' for head in heads)} |"
         cells = (
             row.model_type,
             human(row.model_size),
             _billions(row.model_n_params),
             row.backends,
             row.n_threads,
+            *(getattr(row, name) for name in kinds),
             _test(row),
             f"{row.avg_ts:.2f} ± {row.stddev_ts:.2f}",
             f"{row.rate:.1f} {'GMAC/s' if row.n_prompt else 'GB/s'}, {row.rate / row.limit:.0%}",

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 _FILE = click.Path(exists=True, dir_okay=False)
 _THREADS = click.IntRange(1, 256)
+_KV = "f16, bf16, f32, q8_0 or q4_0: type of cached"
 
 # The flags of llama.cpp. None means: what the model's file says, else llama.cpp's default.
 _SAMPLING: list[tuple[list[str], type, str]] = [
@@ -65,8 +66,8 @@ def _sampling_options(function: Any) -> Any:
 @click.option("--chat-template-file", type=_FILE, help="Jinja chat template to use instead.")
 @click.option("--draft-ngram", is_flag=True, help="Guess from repeated text: same answer, sooner.")
 @click.option("--raw", is_flag=True, help="Continue the text as it is: no chat template.")
-@click.option("-ctk", "--cache-type-k", type=click.Choice(["f16"]), help="Type of cached keys.")
-@click.option("-ctv", "--cache-type-v", type=click.Choice(["f16"]), help="Type of cached values.")
+@click.option("-ctk", "--cache-type-k", default="f16", metavar="TYPE", help=f"{_KV} keys. [f16]")
+@click.option("-ctv", "--cache-type-v", default="f16", metavar="TYPE", help=f"{_KV} values. [f16]")
 def command(
     model: str | None,
     prompt: str | None,
@@ -81,8 +82,8 @@ def command(
     chat_template_file: str | None,
     draft_ngram: bool,
     raw: bool,
-    cache_type_k: str | None,
-    cache_type_v: str | None,
+    cache_type_k: str,
+    cache_type_v: str,
     seed: int | None,
     **sampling: float | int | None,
 ) -> None:
@@ -98,7 +99,8 @@ def command(
     given = {name: value for name, value in sampling.items() if value is not None}
     if seed is not None and seed != -1:
         given["seed"] = seed
-    loaded = _load(name, threads=threads, threads_batch=threads_batch, ctx=ctx or None)
+    kv = (cache_type_k, cache_type_v)
+    loaded = _load(name, threads=threads, threads_batch=threads_batch, ctx=ctx or None, kv=kv)
     template = None if raw else _template(loaded, chat_template_file)
     if system and template is None:
         raise RequestError(f"{name}: no chat template: a system message needs one")

@@ -1,251 +1,241 @@
-"""Rotary embedding into the KV cache, and attention over it with online softmax.
+"""Attention over the KV cache with online softmax.
 
-Cache of one layer, f16: K [kv_head][context/16][head_dim][16], so that 16 keys fill a vector; V
-[kv_head][context][padded head_dim].
+A work item is a tile of queries and some ranges of KEYS keys. A prompt's items see all keys; those
+of few tokens see one range each, so that one long sequence keeps all threads busy, and who finishes
+the last item of a tile joins their parts. Ranges are at fixed positions and parts are joined in
+order, so the result has the same bits for every number of threads, and for a token alone and among
+others.
 """
 
-import math
 from types import ModuleType
 from typing import Any
 
 from numba import types
 
-from edgeq.kernels.layout import ATTEND, KEYS, ROPE, TILE_KEYS
-from edgeq.kernels.llvm import F16, F32, Emit, Value, vector
-from edgeq.kernels.rows import each, softmax_row, sum_squares
-from edgeq.kernels.tile import float_tile
-from edgeq.kernels.words import emitted, f32_at, f32_set, load, smaller
+from edgeq.kernels.hadamard import hadamard
+from edgeq.kernels.keys import score_keys, store_query, turn_queries
+from edgeq.kernels.layout import ATTEND, KEYS, KV_BITS, TILE_KEYS, kv_blocks
+from edgeq.kernels.llvm import F32, Emit, Value, vector
+from edgeq.kernels.rows import each, exp, softmax_row
+from edgeq.kernels.values import weigh_values
+from edgeq.kernels.words import add_at, emitted, f32_at, f32_set, load, poke, smaller
 
-__all__ = ["attend", "rope"]
-
-(
-    STATE, Q, K, V, HEADS, KV_HEADS, HEAD_DIM, PAIRS, STEP, GAP, COS, SIN, Q_NORM, K_NORM, EPS,
-    SCALE, K_CACHE, V_CACHE, CONTEXT,
-) = range(len(ROPE))  # fmt: skip
-
-
-def _storers(isa: ModuleType) -> tuple[Any, Any]:
-    def key(e: Emit, value: Value, address: Value) -> None:
-        e.store(e.isa.to_f16(e, e.gather([value])), e.pointer(address))
-
-    def row(e: Emit, source: Value, target: Value, n: Value) -> None:
-        def body(offset: Value, lanes: int) -> None:
-            v = e.load(vector(F32, lanes), e.pointer(source), offset)
-            e.store(e.isa.to_f16(e, v), e.pointer(target), e.b.udiv(offset, e.i64(2)))
-
-        each(e, n, body)
-
-    return emitted(isa, key, "fi"), emitted(isa, row, "iii")
-
-
-def rope(isa: ModuleType) -> Any:
-    """Normalize heads (where the model does), rotate q and k, store k and v in the cache."""
-
-    def squares(e: Emit, x: Value, n: Value) -> Value:
-        return sum_squares(e, e.pointer(x), n)
-
-    square_sum = emitted(isa, squares, "ii", result=True)
-    store_key, store_row = _storers(isa)
-    turn = _turner(square_sum)
-
-    def kernel(args, thread, threads):
-        tokens, position = load(load(args, STATE), 0), load(load(args, STATE), 1)
-        heads, kv_heads, dim = load(args, HEADS), load(args, KV_HEADS), load(args, HEAD_DIM)
-        context, scale = load(args, CONTEXT), f32_at(args, 2 * SCALE)
-        wide = (dim + 15) // 16 * 16
-        items = heads + 2 * kv_heads
-        for item in range(
-            tokens * items * thread // threads, tokens * items * (thread + 1) // threads
-        ):
-            t, h = item // items, item % items
-            at = position + t
-            if h < heads:
-                turn(args, load(args, Q) + (t * heads + h) * dim * 4, t, load(args, Q_NORM), scale)
-            elif h < heads + kv_heads:
-                head = h - heads
-                row = load(args, K) + (t * kv_heads + head) * dim * 4
-                turn(args, row, t, load(args, K_NORM), types.float32(1.0))
-                key = load(args, K_CACHE) + ((head * context + at // 16 * 16) * dim + at % 16) * 2
-                for d in range(dim):
-                    store_key(f32_at(row, d), key + d * 32)
-            else:
-                head = h - heads - kv_heads
-                row = load(args, V) + (t * kv_heads + head) * dim * 4
-                store_row(row, load(args, V_CACHE) + (head * context + at) * wide * 2, dim)
-
-    return kernel
-
-
-def _turner(square_sum: Any) -> Any:
-    from numba import njit
-
-    @njit(nogil=True, error_model="numpy", forceinline=True)
-    def turn(args, row, token, weight, scale):
-        """Norm (weight != 0), rotation and scaling of one head in place."""
-        dim, pairs, step, gap = (
-            load(args, HEAD_DIM),
-            load(args, PAIRS),
-            load(args, STEP),
-            load(args, GAP),
-        )
-        if weight != 0:
-            factor = types.float32(
-                1 / math.sqrt(square_sum(row, dim) / dim + f32_at(args, 2 * EPS))
-            )
-            for d in range(dim):
-                f32_set(row, d, f32_at(row, d) * factor * f32_at(weight, d))
-        for i in range(pairs):
-            c, s = (
-                f32_at(load(args, COS), token * pairs + i),
-                f32_at(load(args, SIN), token * pairs + i),
-            )
-            a, b = f32_at(row, i * step), f32_at(row, i * step + gap)
-            f32_set(row, i * step, a * c - b * s)
-            f32_set(row, i * step + gap, a * s + b * c)
-        if scale != types.float32(1.0):
-            for d in range(dim):
-                f32_set(row, d, f32_at(row, d) * scale)
-
-    return turn
-
+__all__ = ["attend"]
 
 (
-    A_STATE, A_Q, A_HEADS, A_KV_HEADS, A_DIM, A_K, A_V, A_CONTEXT, A_OUT, A_SCRATCH,
-    A_SCRATCH_BYTES,
+    STATE, Q, HEADS, KV_HEADS, DIM, V_TURN, K_CACHE, V_CACHE, K_SCALES, V_SCALES, CONTEXT, OUT,
+    SCRATCH, SCRATCH_BYTES, SPAN, PARTS, DONE,
 ) = range(len(ATTEND))  # fmt: skip
 
 
-def attend(isa: ModuleType, queries: int) -> Any:
-    """Causal attention; a work item is one KV head and `queries` (token, head of its group) pairs,
-    which share each read of K, V.
+def attend(isa: ModuleType, queries: int, k_kind: str, v_kind: str) -> Any:
+    """Causal attention; a tile is `queries` (token, head of a group) pairs, which share each read
+    of K, V.
     """
-    lanes = isa.WIDTH // 4
-    scores, weigh, softmax = _attend_parts(isa, queries)
-    begin, soften, finish = _tile_steps(softmax, queries)
+    begin, see, finish, join = _steps(isa, queries, k_kind, v_kind)
 
     def kernel(args, thread, threads):
-        tokens, position = load(load(args, A_STATE), 0), load(load(args, A_STATE), 1)
-        heads, kv_heads, dim = load(args, A_HEADS), load(args, A_KV_HEADS), load(args, A_DIM)
-        context = load(args, A_CONTEXT)
-        share, wide = heads // kv_heads, (dim + 15) // 16 * 16
-        q = load(args, A_SCRATCH) + thread * load(args, A_SCRATCH_BYTES)
-        s = q + queries * dim * 4
-        o = s + queries * KEYS * 4
-        stats = o + queries * wide * 4
+        tokens, position = load(load(args, STATE), 0), load(load(args, STATE), 1)
+        kv_heads, dim = load(args, KV_HEADS), load(args, DIM)
+        share, wide = load(args, HEADS) // kv_heads, (dim + 31) // 32 * 32
+        q = load(args, SCRATCH) + thread * load(args, SCRATCH_BYTES)
+        s = q + queries * wide * 4
+        own = s + 2 * queries * KEYS * 4
+        part_bytes = queries * (wide + 4) * 4
         tiles = (tokens * share + queries - 1) // queries
+        span = load(args, SPAN) * KEYS
+        parts = (position + tokens + span - 1) // span
         item = thread - threads
-        while item + threads < kv_heads * tiles:  # Numba's range with a variable step can raise
+        while item + threads < kv_heads * tiles * parts:  # range with a variable step can raise
             item += threads
-            head, first = item % kv_heads, item // kv_heads * queries
+            # Of prompts the heads go round fastest: later tiles take longer.
+            part, head, tile = item % parts, item // parts % kv_heads, item // parts // kv_heads
+            place = head * tiles + tile
+            first = tile * queries
             n = smaller(queries, tokens * share - first)
-            begin(args, head, first, n, q, o, stats)
-            k, v = (
-                load(args, A_K) + head * context * dim * 2,
-                load(args, A_V) + head * context * wide * 2,
-            )
-            seen = position + (first + n - 1) // share + 1
-            for k0 in range(0, seen, KEYS):
-                count = smaller(KEYS, seen - k0)
-                for j in range(0, count, lanes):
-                    at = k0 + j
-                    scores(k + (at // 16 * 16 * dim + at % 16) * 2, q, dim, s + j * 4)
-                soften(position + 1 - k0, first, share, n, count, s, o, wide, stats)
-                for d in range(0, wide, lanes):
-                    weigh(v + (k0 * wide + d) * 2, wide * 2, s, count, o + d * 4)
-            finish(args, head, first, n, o, stats)
+            o = own if parts == 1 else load(args, PARTS) + (place * parts + part) * part_bytes
+            begin(args, head, first, n, q, o, wide)
+            end = smaller(position + (first + n - 1) // share + 1, (part + 1) * span)
+            for k0 in range(part * span, end, KEYS):
+                see(args, head, first, n, k0, smaller(KEYS, end - k0), q, s, o, wide)
+            if parts == 1:
+                finish(args, head, first, n, o, wide)
+            elif add_at(load(args, DONE), place, 1) == parts - 1:
+                poke(load(args, DONE), place, 0)
+                for i in range(n):
+                    join(o - part * part_bytes, part_bytes, parts, i, own, wide)
+                finish(args, head, first, n, own, wide)
 
     return kernel
 
 
-def _attend_parts(isa: ModuleType, queries: int) -> tuple[Any, Any, Any]:
-    """Emitted functions: 16-key scores, weighted sum of values, one softmax step."""
-
-    def scores(e: Emit, k: Value, q: Value, dim: Value, s: Value) -> None:
-        def read(p: Value, n: int) -> Value:
-            return e.isa.from_f16(e, e.load(vector(F16, n), p))
-
-        column = e.b.mul(dim, e.i64(4))
-        float_tile(
-            e,
-            read,
-            e.pointer(k),
-            2 * TILE_KEYS,
-            e.pointer(q),
-            4,
-            column,
-            dim,
-            e.pointer(s),
-            4 * KEYS,
-            columns=queries,
-        )
-
-    def weigh(e: Emit, v: Value, stride: Value, s: Value, count: Value, o: Value) -> None:
-        def read(p: Value, n: int) -> Value:
-            return e.isa.from_f16(e, e.load(vector(F16, n), p))
-
-        column = e.b.mul(stride, e.i64(2))
-        float_tile(
-            e,
-            read,
-            e.pointer(v),
-            stride,
-            e.pointer(s),
-            4,
-            4 * KEYS,
-            count,
-            e.pointer(o),
-            column,
-            columns=queries,
-            accumulate=True,
-        )
-
-    def softmax(e: Emit, s: Value, valid: Value, stats: Value) -> None:
-        softmax_row(e, e.pointer(s), valid, e.pointer(stats))
-
-    return emitted(isa, scores, "iiii"), emitted(isa, weigh, "iiiii"), emitted(isa, softmax, "iii")
-
-
-def _tile_steps(softmax: Any, queries: int) -> tuple[Any, Any, Any]:
-    """Numba functions around the keys: start a tile, softmax of a step, write the result."""
+def _steps(isa: ModuleType, queries: int, k_kind: str, v_kind: str) -> tuple[Any, Any, Any, Any]:
+    """Numba functions: start a tile, see a range of keys, write the result, join parts."""
     from numba import njit
 
+    copy, fill, ask, flip, score, soften, weigh, merge = _parts(isa, queries, k_kind, v_kind)
+    spread = hadamard(isa)
+    k_blocks, k_bits, v_bits = kv_blocks(k_kind), KV_BITS[k_kind], KV_BITS[v_kind]
+    k_unit, v_unit = (32 if kv_blocks(kind) else 16 for kind in (k_kind, v_kind))
+
     @njit(nogil=True, error_model="numpy", forceinline=True)
-    def begin(args, head, first, n, q, o, stats):
-        heads, dim = load(args, A_HEADS), load(args, A_DIM)
-        share, wide = heads // load(args, A_KV_HEADS), (dim + 15) // 16 * 16
+    def row_of(args, head, row):
+        """Offset in q and out of row (token, head of the group)."""
+        heads = load(args, HEADS)
+        share = heads // load(args, KV_HEADS)
+        return (row // share * heads + head * share + row % share) * load(args, DIM) * 4
+
+    @njit(nogil=True, error_model="numpy", forceinline=True)
+    def begin(args, head, first, n, q, o, wide):
+        dim, blocks = load(args, DIM), wide // 32
         for i in range(queries):
-            row = first + i
-            source = load(args, A_Q) + (row // share * heads + head * share + row % share) * dim * 4
-            for d in range(dim):
-                f32_set(q, i * dim + d, f32_at(source, d) if i < n else types.float32(0.0))
-            for d in range(wide):
-                f32_set(o, i * wide + d, types.float32(0.0))
+            # Spare rows of a tile are computed like the last one and then forgotten.
+            source = load(args, Q) + row_of(args, head, first + smaller(i, n - 1))
+            if k_blocks:
+                codes = q + i * wide
+                scales = q + queries * wide + i * blocks * 4
+                ask(source, dim, codes, scales, scales + queries * blocks * 4)
+            else:
+                copy(source, o + i * wide * 4, dim, types.float32(1.0))
+        if not k_blocks:
+            flip(o, wide, q)
+        fill(o, queries * wide)
+        stats = o + queries * wide * 4
+        for i in range(queries):
             f32_set(stats, 4 * i, types.float32(-3.0e38))
             f32_set(stats, 4 * i + 1, types.float32(0.0))
 
     @njit(nogil=True, error_model="numpy", forceinline=True)
-    def soften(ahead, first, share, n, count, s, o, wide, stats):
+    def see(args, head, first, n, k0, count, q, s, o, wide):
+        dim, position = load(args, DIM), load(load(args, STATE), 1)
+        share = load(args, HEADS) // load(args, KV_HEADS)
+        k_wide = (dim + k_unit - 1) // k_unit * k_unit
+        v_wide = (dim + v_unit - 1) // v_unit * v_unit
+        tile = (head * load(args, CONTEXT) + k0) // TILE_KEYS
+        keys = load(args, K_CACHE) + tile * TILE_KEYS * k_wide * k_bits // 8
+        k_scales = load(args, K_SCALES) + tile * TILE_KEYS * (k_wide // 32) * 2
+        for j in range((count + TILE_KEYS - 1) // TILE_KEYS):
+            score(
+                keys + j * TILE_KEYS * k_wide * k_bits // 8,
+                k_scales + j * TILE_KEYS * (k_wide // 32) * 2,
+                q,
+                wide,
+                dim,
+                s + j * TILE_KEYS * 4,
+            )
+        stats = o + queries * wide * 4
         for i in range(n):
-            valid = smaller(count, ahead + (first + i) // share)
-            valid = valid if valid > 0 else 0
-            softmax(s + i * KEYS * 4, valid, stats + i * 16)
-            for k in range(valid, count):
-                f32_set(s, i * KEYS + k, types.float32(0.0))
-            factor = f32_at(stats, 4 * i + 2)
-            for d in range(wide):
-                f32_set(o, i * wide + d, f32_at(o, i * wide + d) * factor)
+            valid = smaller(count, position + 1 - k0 + (first + i) // share)
+            soften(s + i * KEYS * 4, valid if valid > 0 else 0, count, stats + i * 16)
+            if k0 > 0:
+                row = o + i * wide * 4
+                copy(row, row, wide, f32_at(stats, 4 * i + 2))
+        weigh(
+            load(args, V_CACHE) + tile * TILE_KEYS * v_wide * v_bits // 8,
+            load(args, V_SCALES) + tile * TILE_KEYS * (v_wide // 32) * 2,
+            v_wide,
+            s,
+            s + queries * KEYS * 4,
+            count,
+            o,
+            wide * 4,
+        )
 
     @njit(nogil=True, error_model="numpy", forceinline=True)
-    def finish(args, head, first, n, o, stats):
-        heads, dim = load(args, A_HEADS), load(args, A_DIM)
-        share, wide = heads // load(args, A_KV_HEADS), (dim + 15) // 16 * 16
+    def finish(args, head, first, n, o, wide):
+        dim = load(args, DIM)
         for i in range(n):
-            row = first + i
-            target = (
-                load(args, A_OUT) + (row // share * heads + head * share + row % share) * dim * 4
-            )
-            inverse = types.float32(1) / f32_at(stats, 4 * i + 1)
-            for d in range(dim):
-                f32_set(target, d, f32_at(o, i * wide + d) * inverse)
+            target = load(args, OUT) + row_of(args, head, first + i)
+            total = f32_at(o, queries * wide + 4 * i + 1)
+            copy(o + i * wide * 4, target, dim, types.float32(1) / total)
+            spread(target, dim, load(args, V_TURN))
 
-    return begin, soften, finish
+    @njit(nogil=True, error_model="numpy", forceinline=True)
+    def join(parts, part_bytes, count, i, o, wide):
+        row = i * wide * 4
+        stats = queries * wide * 4 + i * 16
+        merge(parts + row, parts + stats, part_bytes, count, o + row, o + stats, wide)
+
+    return begin, see, finish, join
+
+
+def _parts(isa: ModuleType, queries: int, k_kind: str, v_kind: str) -> list[Any]:
+    """Emitted functions of one tile."""
+
+    def copy(e: Emit, x: Value, out: Value, n: Value, factor: Value) -> None:
+        x, out = e.pointer(x), e.pointer(out)
+
+        def body(offset: Value, lanes: int) -> None:
+            v = e.load(vector(F32, lanes), x, offset)
+            e.store(e.mul(v, e.splat(factor, lanes)), out, offset)
+
+        each(e, n, body)
+
+    def fill(e: Emit, x: Value, n: Value) -> None:
+        x = e.pointer(x)
+        each(e, n, lambda offset, lanes: e.store(e.fill(F32, lanes, 0.0), x, offset))
+
+    def ask(e: Emit, x: Value, n: Value, codes: Value, d: Value, start: Value) -> None:
+        store_query(e, k_kind, e.pointer(x), n, *(e.pointer(p) for p in (codes, d, start)))
+
+    def flip(e: Emit, rows: Value, wide: Value, q: Value) -> None:
+        turn_queries(e, queries, e.pointer(rows), wide, e.pointer(q))
+
+    def score(e: Emit, k: Value, d: Value, q: Value, wide: Value, n: Value, s: Value) -> None:
+        k, d, q, s = (e.pointer(p) for p in (k, d, q, s))
+        score_keys(e, k_kind, queries, k, d, q, wide, n, s)
+
+    def soften(e: Emit, s: Value, valid: Value, count: Value, stats: Value) -> None:
+        s = e.pointer(s)
+        softmax_row(e, s, valid, e.pointer(stats))
+        rest = e.at(s, e.b.mul(valid, e.i64(4)))
+        unseen = e.b.sub(count, valid)
+        each(e, unseen, lambda offset, lanes: e.store(e.fill(F32, lanes, 0.0), rest, offset))
+
+    def weigh(e: Emit, *args: Value) -> None:
+        v, d, wide, p, folded, count, o, row = args
+        rows, d, p, folded, o = (e.pointer(a) for a in (v, d, p, folded, o))
+        weigh_values(e, v_kind, queries, rows, d, wide, p, folded, count, o, row)
+
+    return [
+        emitted(isa, copy, "iiif"),
+        emitted(isa, fill, "ii"),
+        emitted(isa, ask, "iiiii"),
+        emitted(isa, flip, "iii"),
+        emitted(isa, score, "iiiiii"),
+        emitted(isa, soften, "iiii"),
+        emitted(isa, weigh, "iiiiiiii"),
+        emitted(isa, _merge, "iiiiiii"),
+    ]
+
+
+def _merge(
+    e: Emit, o: Value, stats: Value, stride: Value, count: Value, out: Value, total: Value, n: Value
+) -> None:
+    """out f32[n] and the second word of `total` = sums of `count` parts, `stride` bytes apart, each
+    of which was divided by e to the power of its own maximum.
+    """
+    o, stats, out, total = (e.pointer(p) for p in (o, stats, out, total))
+    one = vector(F32, 1)
+
+    def larger_of(i: Value, top: list[Value]) -> list[Value]:
+        v = e.load(one, stats, e.b.mul(i, stride))
+        return [e.b.select(e.b.fcmp_ordered(">", v, top[0]), v, top[0])]
+
+    top = e.loop(count, [e.fill(F32, 1, -3.0e38)], larger_of)[0]
+
+    def add(i: Value, sums: list[Value]) -> list[Value]:
+        here = e.b.mul(i, stride)
+        factor = exp(e, e.b.fsub(e.load(one, stats, here), top))
+        row = e.at(o, here)
+
+        def body(offset: Value, lanes: int) -> None:
+            v = e.mul(e.load(vector(F32, lanes), row, offset), e.splat(e.lane(factor, 0), lanes))
+            e.store(e.add(e.load(vector(F32, lanes), out, offset), v), out, offset)
+
+        each(e, n, body)
+        return [e.fma(factor, e.load(one, stats, e.b.add(here, e.i64(4))), sums[0])]
+
+    each(e, n, lambda offset, lanes: e.store(e.fill(F32, lanes, 0.0), out, offset))
+    sums = e.loop(count, [e.fill(F32, 1, 0.0)], add)
+    e.store(sums[0], total, 4)

@@ -14,7 +14,7 @@ from numba import cfunc
 
 from edgeq import blocks
 from edgeq.errors import KernelError
-from edgeq.kernels import activations, attention, cache, matmul, probe, sync
+from edgeq.kernels import activations, attention, cache, matmul, probe, rope, sync
 from edgeq.kernels import isa as isas
 from edgeq.kernels.words import SIGNATURE
 
@@ -22,13 +22,16 @@ __all__ = ["body", "compile_kernel"]
 
 
 def body(name: str, isa: ModuleType) -> Any:
-    """The Python body of a kernel: its name is an op, or op/format, or op/number."""
+    """The Python body of a kernel: its name is an op, or op/format, or op/number, or op/types."""
     op, _, variant = name.partition("/")
     by_format = {"matvec": matmul.matvec, "matmul": matmul.matmul, "embed": activations.embed}
-    by_number = {"prepare": activations.prepare, "attend": attention.attend}
+    by_number = {"prepare": activations.prepare}
+    by_types: dict[str, Any] = {
+        "attend": attention.attend,
+        "rope": rope.rope,
+    }  # of the KV cache, after numbers
     single = {
         "gather": activations.gather,
-        "rope": attention.rope,
         "walk": sync.walk,
         "lead": sync.lead,
         "serve": sync.serve,
@@ -39,6 +42,9 @@ def body(name: str, isa: ModuleType) -> Any:
         return by_format[op](isa, blocks.get(variant))
     if op in by_number:
         return by_number[op](isa, int(variant))
+    if op in by_types:
+        *numbers, k, v = variant.split(".")
+        return by_types[op](isa, *map(int, numbers), k, v)
     if op in single:
         return single[op](isa)
     raise KernelError(f"kernel {name!r}: unknown")

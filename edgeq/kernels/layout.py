@@ -13,11 +13,11 @@ WORDS_PER_OP = 3  # kernel address, argument block, 1 if a barrier follows
 BLOCK_WORDS = 5  # program block: address of the ops, their count, sync block, task, barrier spins
 TASK_SHIFT = 9  # a task number: a count, and below it how many threads (1..256) the task is for
 
-TILE_KEYS = 16  # keys side by side in the K cache
-KEYS = 128  # keys per step of online softmax
-PREFETCH = (
-    4096  # bytes that a row is asked for in advance, unless a machine does better with others
-)
+TILE_KEYS = 32  # keys side by side in the K cache
+KEYS = 256  # keys per step of softmax; such ranges of one sequence are shared among threads
+KV_BITS = {"f16": 16, "bf16": 16, "f32": 32, "q8_0": 8, "q4_0": 4}  # of one cached value
+# Bytes that a row is asked for in advance, unless a machine does better with others.
+PREFETCH = 4096
 COLUMNS = 4  # columns of activations that share one reading of a row of weights
 ROWS_AT_ONCE = 16  # rows whose products with them are kept before they are written
 SPARE = 4 * COLUMNS * ROWS_AT_ONCE  # bytes of these products; the scratch memory of rows follows
@@ -65,28 +65,59 @@ MATMUL = (
 )  # fmt: skip
 
 # q, k, v f32[tokens][heads][head_dim]; cos, sin f32[tokens][pairs]; a pair is (i·step, i·step +
-# gap); q_norm, k_norm: 0 or f32[head_dim]; scale multiplies q. Caches of one layer, f16: K
-# [kv_head][context/16][head_dim][16], V [kv_head][context][padded head_dim]
+# gap); q_norm, k_norm: 0 or f32[head_dim]; scale multiplies q. k_turn (also for q) and v_turn: size
+# of the blocks of a head that a Hadamard matrix turns, 1 = none. Caches of one layer: see `kv_wide`
 ROPE = (
     "state", "q", "k", "v", "heads", "kv_heads", "head_dim", "pairs", "step", "gap", "cos", "sin",
-    "q_norm", "k_norm", "eps", "scale", "k_cache", "v_cache", "context",
+    "q_norm", "k_norm", "eps", "scale", "k_turn", "v_turn", "k_cache", "v_cache", "k_scales",
+    "v_scales", "context",
 )  # fmt: skip
 
-# q f32[tokens][heads][head_dim] (rotated, scaled); out the same shape
+# q f32[tokens][heads][head_dim] (rotated, scaled); out the same shape. A work item is `span` ranges
+# of KEYS keys; where a tile of queries has several items, they leave parts (see `attend_part`) and
+# count in `done` i64[kv_head][tile], zero between calls
 ATTEND = (
-    "state", "q", "heads", "kv_heads", "head_dim", "k_cache", "v_cache", "context", "out",
-    "scratch", "scratch_bytes",
+    "state", "q", "heads", "kv_heads", "head_dim", "v_turn", "k_cache", "v_cache", "k_scales",
+    "v_scales", "context", "out", "scratch", "scratch_bytes", "span", "parts", "done",
 )  # fmt: skip
 
 
-def padded(head_dim: int) -> int:
-    """Head dimension of V in the cache: whole vectors of every instruction set."""
-    return (head_dim + 15) // 16 * 16
+def kv_blocks(kind: str) -> bool:
+    """Whether a type of the KV cache has codes, with an f16 scale per 32 values of a head."""
+    return kind.startswith("q")
+
+
+def kv_wide(kind: str, head_dim: int) -> int:
+    """Values that a cached head takes: whole blocks, and whole vectors of every instruction set.
+
+    K is [kv_head][context/TILE_KEYS][values][TILE_KEYS] (q8_0: words of four values, q4_0: words
+    whose low bits are four values and whose high bits are the next four), V [kv_head][context]
+    [values]; scales of both are [kv_head][context/TILE_KEYS][values/32][TILE_KEYS].
+    """
+    unit = 32 if kv_blocks(kind) else 16
+    return (head_dim + unit - 1) // unit * unit
+
+
+def kv_bytes(kind: str, head_dim: int) -> tuple[int, int]:
+    """Bytes of one head at one position: values or codes, scales."""
+    wide = kv_wide(kind, head_dim)
+    return wide * KV_BITS[kind] // 8, 2 * wide // 32 if kv_blocks(kind) else 0
 
 
 def attend_scratch(head_dim: int, queries: int) -> int:
-    """Bytes per thread of an attention tile: queries, scores, sums and softmax statistics."""
-    return 4 * queries * (head_dim + KEYS + padded(head_dim) + 4)
+    """Bytes per thread of a tile of attention: queries, scores, scores times scales, sums, softmax
+    statistics.
+    """
+    return 4 * queries * (2 * KEYS) + attend_part(head_dim, queries) + 4 * queries * _even(head_dim)
+
+
+def attend_part(head_dim: int, queries: int) -> int:
+    """Bytes of what one item says about a tile of queries: sums, then four words of statistics."""
+    return 4 * queries * (_even(head_dim) + 4)
+
+
+def _even(head_dim: int) -> int:
+    return (head_dim + 31) // 32 * 32
 
 
 def panel_bytes(cols: int, group: int, lanes: int, plain: bool) -> int:

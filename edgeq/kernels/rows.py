@@ -61,14 +61,15 @@ def larger(e: Emit, a: Value, b: Value) -> Value:
     return e.b.select(nan, b, e.b.select(keep, a, b))
 
 
-def exp(e: Emit, v: Value) -> Value:
+def exp(e: Emit, v: Value, *, negative: bool = False) -> Value:
     """e^v for f32 lanes, relative error below 3e-7; 2^n from the exponent bits, the rest by a
-    polynomial of degree 6.
+    polynomial of degree 6. negative: v is never above 0.
     """
     n = v.type.count
     low, high, magic = (e.fill(F32, n, c) for c in (-87.0, 88.0, 12582912.0))
     v = e.b.select(e.b.fcmp_ordered("<", v, low), low, v)
-    v = e.b.select(e.b.fcmp_ordered(">", v, high), high, v)
+    if not negative:
+        v = e.b.select(e.b.fcmp_ordered(">", v, high), high, v)
     # Adding 1.5·2^23 rounds to an integer that then stands in the low bits.
     shifted = e.b.fadd(e.b.fmul(v, e.fill(F32, n, math.log2(math.e))), magic)
     whole = e.b.fsub(shifted, magic)
@@ -162,17 +163,21 @@ def softmax_row(e: Emit, s: Value, valid: Value, stats: Value) -> None:
     s becomes exp(s - maximum).
     """
 
-    def peak(acc: Value, offset: Value, lanes: int) -> Value:
-        return larger(e, acc, e.load(vector(F32, lanes), s, offset))
+    def higher(a: Value, b: Value) -> Value:  # may lose a NaN: it comes back in the sum
+        return e.b.select(e.b.fcmp_ordered(">", a, b), a, b)
 
-    top = reduce(e, valid, -3.0e38, peak, lambda a, b: larger(e, a, b))
+    def peak(acc: Value, offset: Value, lanes: int) -> Value:
+        return higher(acc, e.load(vector(F32, lanes), s, offset))
+
+    top = reduce(e, valid, -3.0e38, peak, higher)
     old = e.load(vector(F32, 1), stats)
-    new = larger(e, old, e.gather([top]))
-    factor = exp(e, e.b.fsub(old, new))
+    new = higher(old, e.gather([top]))
+    factor = exp(e, e.b.fsub(old, new), negative=True)
     best = e.lane(new, 0)
 
     def weigh(acc: Value, offset: Value, lanes: int) -> Value:
-        v = exp(e, e.b.fsub(e.load(vector(F32, lanes), s, offset), e.splat(best, lanes)))
+        v = e.b.fsub(e.load(vector(F32, lanes), s, offset), e.splat(best, lanes))
+        v = exp(e, v, negative=True)
         e.store(v, s, offset)
         return e.add(acc, v)
 

@@ -28,7 +28,8 @@ __all__ = ["FEW", "Transformer"]
 FEW = 7  # up to so many tokens weights are streamed row by row; above, panels are unpacked
 PANEL_BYTES = 192 * 1024  # unpacked panels that a thread keeps in its L2 cache
 COUNTER = 128  # bytes of a counter, on cache lines of its own
-DECODE_QUERIES = (1, 2, 4, 8)  # widths of the attention tile; the widest is for prompts
+DECODE_QUERIES = (1, 2, 4, 8)  # widths of the attention tile
+PROMPT_QUERIES = 16
 
 
 class Transformer:
@@ -60,6 +61,15 @@ class Transformer:
         )
         self._allocate(batch, outputs)
 
+    @property
+    def _share(self) -> int:
+        return self.arch.head_count // self.arch.head_count_kv
+
+    @property
+    def _queries(self) -> int:
+        """Width of the attention tile for few tokens: one token's heads of a group, up to 8."""
+        return next((n for n in DECODE_QUERIES if n >= self._share), max(DECODE_QUERIES))
+
     # -- buffers -----------------------------------------------------------------------------------
     def _allocate(self, batch: int, outputs: int) -> None:
         a = self.arch
@@ -82,13 +92,18 @@ class Transformer:
         }
         for name, count in floats.items():
             self._bytes[name] = aligned(4 * count)
+        tiles = a.head_count_kv * -(-FEW * self._share // self._queries)
+        ranges = -(-self.kv.context // layout.KEYS)
+        part = layout.attend_part(a.head_dim, self._queries)
+        self._bytes["parts"] = aligned(tiles * ranges * part)
+        self._bytes["done"] = aligned(8 * tiles)
         self.logits = aligned(4 * outputs * a.vocab_size).view(np.float32).reshape(outputs, -1)
         self._scratch_bytes = -(-max(self._scratch_sizes()) // 64) * 64
         self._scratch = aligned(self.threads * self._scratch_bytes)
 
     def _scratch_sizes(self) -> Iterable[int]:
         lanes = self.isa.WIDTH // 4
-        yield layout.attend_scratch(self.arch.head_dim, max(DECODE_QUERIES))
+        yield layout.attend_scratch(self.arch.head_dim, PROMPT_QUERIES)
         for m in self.weights.matrices:
             panels = self._panels(m) * self._panel_bytes(m)
             yield layout.matmul_scratch(panels, lanes, self.isa.TILE_COLS)
@@ -266,9 +281,9 @@ class Transformer:
             "heads": a.head_count,
             "kv_heads": a.head_count_kv,
             "head_dim": a.head_dim,
-            "k_cache": _address(self.kv.k[index]),
-            "v_cache": _address(self.kv.v[index]),
+            "v_turn": self.kv.turns[1],
             "context": self.kv.context,
+            **self.kv.addresses(index),
         }
 
     def _rope(self, layer: Layer, index: int) -> Op:
@@ -286,18 +301,25 @@ class Transformer:
             k_norm=0 if layer.attn_k_norm is None else _address(layer.attn_k_norm),
             eps=float(a.rms_epsilon),
             scale=1 / math.sqrt(a.head_dim),
+            k_turn=self.kv.turns[0],
         )
-        return Op("rope", args)
+        return Op(f"rope/{'.'.join(self.kv.types)}", args)
 
     def _attend(self, index: int, many: bool) -> Op:
-        share = self.arch.head_count // self.arch.head_count_kv
-        wide = max(DECODE_QUERIES)
-        queries = wide if many else next((n for n in DECODE_QUERIES if n >= share), wide)
+        """A prompt's work items see all keys, those of few tokens one range of them each."""
         scratch = {"scratch": _address(self._scratch), "scratch_bytes": self._scratch_bytes}
-        where = {"q": self._at("q"), "out": self._shared.at("h")}
-        return Op(
-            f"attend/{queries}", arguments(layout.ATTEND, **self._heads(index), **where, **scratch)
+        args = arguments(
+            layout.ATTEND,
+            **self._heads(index),
+            **scratch,
+            q=self._at("q"),
+            out=self._shared.at("h"),
+            span=-(-self.kv.context // layout.KEYS) if many else 1,
+            parts=self._at("parts"),
+            done=self._at("done"),
         )
+        queries = PROMPT_QUERIES if many else self._queries
+        return Op(f"attend/{queries}.{'.'.join(self.kv.types)}", args)
 
 
 def _address(array: Any) -> int:
