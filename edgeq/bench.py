@@ -43,7 +43,7 @@ class Plan:
     reps: int = 5
     warm_up: bool = True
     delay: float = 0
-    kv: str | tuple[str, str] = "f16"
+    kv: tuple[str, str] = ("f16", "f16")
 
     def tests(self, context: int) -> list["Test"]:
         """Tests for a model with this context, at each depth."""

@@ -308,43 +308,9 @@ def rope(
     expected = turn_rows(k, k_norm), naive.hadamard(v, spread[1])
     for letter, kind, rows in zip("kv", types, expected, strict=True):
         cache, scales = there[f"{letter}_cache"], there[f"{letter}_scales"]
-        _check_stored(
+        kvkit.check_stored(
             kind, rows, cache, scales, position, letter == "k", isas.modules()[isa].OFFSET
         )
-
-
-def _check_stored(
-    kind: str,
-    rows: np.ndarray,
-    cache: np.ndarray,
-    scales: np.ndarray,
-    position: int,
-    keys: bool,
-    offset: int,
-) -> None:
-    """Each value is within half a step of the type; nothing else in the cache is touched."""
-    tokens, heads, dim = rows.shape
-    positions = cache.size // heads // layout.kv_wide(kind, dim)
-    positions *= 8 // layout.KV_BITS[kind] if layout.kv_blocks(kind) else 1
-    shape = heads, positions, dim
-    got, d = kvkit.unpacked(kind, cache, scales, shape, offset, keys=keys)
-    new = slice(position, position + tokens)
-    error = np.abs(got[:, new, :dim] - rows.swapaxes(0, 1))
-    steps = {"f32": 2**-22, "f16": 2**-11, "bf16": 2**-8, "q8_0": 2**-20, "q4_0": 2**-20}
-    # The largest value of q4_0 on the side where codes end at 7 may be a whole step away.
-    whole = {"q8_0": 0.501, "q4_0": 1.001}.get(kind, 0) * np.abs(d[:, new, :dim])
-    assert (error <= steps[kind] * np.abs(rows.swapaxes(0, 1)) + whole + 4e-6).all()
-    if layout.kv_blocks(kind):  # the scale is no larger than the block needs
-        full = np.zeros((heads, tokens, layout.kv_wide(kind, dim)))
-        full[..., :dim] = np.abs(rows.swapaxes(0, 1))
-        peak = full.reshape(heads, tokens, -1, 32).max(-1).repeat(32, -1)
-        assert (np.abs(d[:, new]) <= peak / (127 if kind == "q8_0" else 8) * 1.001 + 1e-7).all()
-        np.testing.assert_array_equal(got[:, new, dim:], 0)
-    fresh, fresh_scales = kvkit.arrays(kind, heads, positions, dim, keys=keys)
-    before, _ = kvkit.unpacked(kind, fresh, fresh_scales, shape, offset, keys=keys)
-    np.testing.assert_array_equal(np.delete(got, new, 1), np.delete(before, new, 1))
-    if not layout.kv_blocks(kind):
-        np.testing.assert_array_equal(got[:, new, dim:], before[:, new, dim:])
 
 
 def attend(
@@ -388,7 +354,7 @@ def attend(
     sizes |= {"v_turn": turn(types[1], dim), "scratch_bytes": scratch_bytes, "span": span}
     args = arguments(layout.ATTEND, state=at(words), **places, **sizes)
     kit.run(f"attend/{queries}.{'.'.join(types)}", isa, args, threads)
-    asked = _asked(q) if layout.kv_blocks(types[0]) else q
+    asked = kvkit.asked(q) if layout.kv_blocks(types[0]) else q
     keys, values = (
         kvkit.kept(kind, x[:, :seen]).swapaxes(0, 1) for kind, x in zip(types, (k, v), strict=True)
     )
@@ -397,13 +363,3 @@ def attend(
     np.testing.assert_allclose(there["out"], expected, rtol=2e-5, atol=3e-6 * scale**2)
     assert not there["done"].any()
     return there["out"]
-
-
-def _asked(q: np.ndarray) -> np.ndarray:
-    """Queries as keys of codes see them: int8 with a scale per 32."""
-    wide = layout.kv_wide("q8_0", q.shape[-1])
-    full = np.zeros((*q.shape[:-1], wide), np.float32)
-    full[..., : q.shape[-1]] = q
-    found = [naive.quantize32(block) for block in full.reshape(-1, 32)]
-    values = np.array([codes * np.float64(d) for codes, d in found])
-    return values.reshape(full.shape)[..., : q.shape[-1]]

@@ -35,6 +35,7 @@ class FakeModel:
         self.warnings: list[str] = []
         self.arch = SimpleNamespace(context_length=512)
         self.threads, self.isa, self.ctx, self.kv_bytes = 2, "fake", 256, 2**20
+        self.kv_types = "f16", "f16"
 
     def generate(self, prompt: Any, **options: Any) -> Iterator[str]:
         self.asked.append((prompt, options))

@@ -118,7 +118,7 @@ def test_stored_and_read(isa: str, kind: str, rng: np.random.Generator) -> None:
         np.testing.assert_array_equal(cache.reshape(-1), expected.reshape(-1))
         np.testing.assert_array_equal(scales.view(np.uint16), expected_scales.view(np.uint16))
     kept = kvkit.kept(kind, x)[0]
-    seen = cases._asked(q) if layout.kv_blocks(kind) else q
+    seen = kvkit.asked(q) if layout.kv_blocks(kind) else q
     scores = seen[:, :dim].astype(np.float64) @ kept.T
     np.testing.assert_allclose(s[:, :tile], scores, rtol=1e-5, atol=2e-4)
     sums = s[:, :tile].astype(np.float64) @ kept
