@@ -20,7 +20,7 @@ from edgeq.kernels.program import TEAM_KERNELS, Op, Program, Team, aligned, argu
 
 __all__ = ["AHEAD", "CHUNK", "Tuning", "measure", "tuned"]
 
-AHEAD = (0, 1024, 2048, 4096, 8192)  # bytes
+AHEAD = (0, 2048, 4096, 8192, 12288)  # bytes
 CHUNK = (0, 16, 64, 256)  # rows
 TURNS = 8  # so many that nobody waits long for the last, so few that taking them costs nothing
 FORMAT = "Q4_K"
@@ -121,16 +121,15 @@ class _Layer:
         fmt = blocks.get(FORMAT)
         size = ROWS * blocks.row_bytes(fmt, COLS)
         count = max(min(READ_BYTES, memory.available() // 4) // size, 1)
-        scratch = -(-layout.matvec_scratch(COLS) // 64) * 64
         sizes = {"x": COLS, "xd": COLS // 8, "xs": COLS // 4, "out": 4 * ROWS}
-        sizes |= {"state": 16, "scratch": threads * scratch, "w": count * size}
+        sizes |= {"state": 16, "scratch": threads * layout.MATVEC_SCRATCH, "w": count * size}
         sizes |= {"taken": count * COUNTER}
         self._memory = {name: aligned(nbytes) for name, nbytes in sizes.items()}
         self._memory["w"][:] = 1  # pages that were never written are all the same one
         self._memory["state"].view(np.int64)[0] = 1
         places = {name: int(part.ctypes.data) for name, part in self._memory.items()}
         numbers = {"rows": ROWS, "cols": COLS, "row_bytes": size // ROWS, "stride": ROWS}
-        numbers |= {"bias": 0, "add": 0, "group": 1, "scratch_bytes": scratch}
+        numbers |= {"bias": 0, "add": 0, "group": 1, "scratch_bytes": layout.MATVEC_SCRATCH}
         numbers |= {"private": 0, **asdict(Tuning())}
         first, taken = places.pop("w"), places.pop("taken")
         self._args = [

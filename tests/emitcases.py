@@ -20,16 +20,16 @@ from edgeq.kernels.tile import float_panel, float_tile, quant_tile
 
 @cache
 def dot_function(isa: str, name: str, columns: int = 1) -> Callable[..., None]:
-    """f(w, out, spare, cols, x, xd, xs of each column)."""
+    """f(w, out, cols, x, xd, xs of each column)."""
 
-    def emit(e: Emit, w: Value, out: Value, spare: Value, cols: Value, *arrays: Value) -> None:
+    def emit(e: Emit, w: Value, out: Value, cols: Value, *arrays: Value) -> None:
         pointers = [e.pointer(a) for a in arrays]
         several = [Column(*pointers[i : i + 3]) for i in range(0, 3 * columns, 3)]
-        row = Reader(e.pointer(w), e.i64(layout.PREFETCH), e.pointer(spare))
+        row = Reader(e.pointer(w), e.i64(layout.PREFETCH))
         for k, total in enumerate(row_dots(e, blocks.get(name), row, several, cols)):
             e.store(total, e.pointer(out), 4 * k)
 
-    return kit.native(emit, "i" * (4 + 3 * columns), isa)
+    return kit.native(emit, "i" * (3 + 3 * columns), isa)
 
 
 def products(
@@ -42,9 +42,8 @@ def products(
     """Products of one row with columns, each of arrays x, xd, xs."""
     cols = blocks.get(name).block * row.shape[-1] // blocks.get(name).bytes
     out = place(np.zeros(len(columns), np.float32))
-    spare = place(np.zeros(layout.matvec_scratch(cols) - layout.SPARE, np.uint8))
     arrays = [array for column in columns for array in column]
-    dot_function(isa, name, len(columns))(row, out, spare, cols, *arrays)
+    dot_function(isa, name, len(columns))(row, out, cols, *arrays)
     return out
 
 

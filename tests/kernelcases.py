@@ -73,7 +73,7 @@ def product(
     shift_at = place(shift)
     size = layout.panel_bytes(cols, fmt.group, module.WIDTH // 4, fmt.value == "x")
     scratch_bytes = layout.matmul_scratch(panels * size, module.WIDTH // 4, module.TILE_COLS)
-    scratch_bytes = layout.matvec_scratch(cols) if op == "matvec" else scratch_bytes
+    scratch_bytes = layout.MATVEC_SCRATCH if op == "matvec" else scratch_bytes
     taken = place(np.zeros(1, np.int64))
     scratch, words = place(np.zeros(threads * scratch_bytes, np.uint8)), state(tokens, 0, place)
     args = arguments(
@@ -122,7 +122,7 @@ def inputs(
         return {"x": place(full), "xd": nothing, "xs": nothing}, x.astype(np.float64)
     codes = kit.quantize(x)
     arrays = {
-        "x": kit.interleaved(codes.q, columns, 4),
+        "x": kit.in_order(codes.q) if columns == 1 else kit.interleaved(codes.q, columns, 4),
         "xd": kit.interleaved(codes.d, columns),
         "xs": kit.interleaved(_sums(codes, fmt, lanes), columns),
     }
@@ -239,7 +239,8 @@ def _rows(x: np.ndarray, tokens: int, stride: int, cols: int) -> np.ndarray:
 def _check_codes(h: np.ndarray, columns: int, parts: dict[str, np.ndarray]) -> None:
     q, d = parts["q"].view(np.int8), parts["d"]
     tokens, expected = len(h), kit.quantize(h)
-    np.testing.assert_array_equal(kit.separated(q, columns, tokens, 4), expected.q)
+    wanted = kit.in_order(expected.q) if columns == 1 else expected.q
+    np.testing.assert_array_equal(kit.separated(q, columns, tokens, 4), wanted)
     np.testing.assert_array_equal(kit.separated(d, columns, tokens), expected.d)
     for group in (16, 32):
         whole = kit.separated(parts[f"ints{group}"].view(np.int32), columns, tokens)

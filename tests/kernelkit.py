@@ -263,6 +263,18 @@ def extreme(cols: int) -> Codes:
     return Codes((127 * signs).astype(np.int8)[None], np.full((1, cols // 32), 0.5, np.float32))
 
 
+def in_order(q: np.ndarray) -> np.ndarray:
+    """Codes [tokens, cols] as row kernels read them: in whole steps of 256 the words of four codes
+    go by (p0, i1, p1, half, i0, p2); p: part of 32, its bits from the low end; i: word of a half.
+    """
+    tokens, cols = q.shape
+    steps = cols // 256
+    # Axes of a natural step: p2, p1, p0, half, i1, i0, byte.
+    parts = q[:, : steps * 256].reshape(tokens, steps, 2, 2, 2, 2, 2, 2, 4)
+    ordered = parts.transpose(0, 1, 4, 6, 3, 5, 7, 2, 8).reshape(tokens, -1)
+    return np.concatenate([ordered, q[:, steps * 256 :]], axis=1)
+
+
 def interleaved(a: np.ndarray, columns: int, unit: int = 1) -> np.ndarray:
     """[tokens, n] → [tiles][n / unit][columns][unit]; columns without a token are poison."""
     tokens, n = a.shape

@@ -54,11 +54,11 @@ def check_integer(found: set[str], cpu: str) -> None:
 def row_assembly(name: str, cpu: str) -> str:
     """Of a row times a column."""
 
-    def emit(e: Emit, w: Value, spare: Value, cols: Value, *arrays: Value) -> Value:
-        row = Reader(e.pointer(w), e.i64(4096), e.pointer(spare))
+    def emit(e: Emit, w: Value, cols: Value, *arrays: Value) -> Value:
+        row = Reader(e.pointer(w), e.i64(4096))
         return row_dots(e, blocks.get(name), row, [Column(*map(e.pointer, arrays))], cols)[0]
 
-    return assembly(emit, "iiiiii", cpu, result=True)
+    return assembly(emit, "iiiii", cpu, result=True)
 
 
 @pytest.mark.parametrize("name", QUANTIZED)

@@ -14,7 +14,9 @@ def row_lengths(fmt: blocks.BlockFormat) -> list[int]:
 
 
 def product(isa: str, fmt: blocks.BlockFormat, row: np.ndarray, x: kit.Codes) -> float:
-    return float(emitcases.products(isa, fmt.name, row, [[x.q, x.d, x.sums(fmt.group)]])[0])
+    return float(
+        emitcases.products(isa, fmt.name, row, [[kit.in_order(x.q), x.d, x.sums(fmt.group)]])[0]
+    )
 
 
 def check(isa: str, fmt: blocks.BlockFormat, row: np.ndarray, x: kit.Codes) -> None:

@@ -114,6 +114,33 @@ def test_lookup(isa: str, lanes: int, rng: np.random.Generator) -> None:
     np.testing.assert_array_equal(out, np.array(table, np.int8)[index])
 
 
+# -- bits ----------------------------------------------------------------------------------------
+@pytest.mark.parametrize("lanes", [16, 32, 64])
+@pytest.mark.parametrize("shifts", [(3,), (0, 4), (0, 0, 4, 4), (6, 1, 0, 2)], ids=str)
+@pytest.mark.parametrize("isa", kit.EMITTED)
+def test_bits_of_words(
+    isa: str, shifts: tuple[int, ...], lanes: int, rng: np.random.Generator
+) -> None:
+    """Every byte gives its own bits, at the bottom or moved up."""
+    source, out = rng.integers(0, 256, 640).astype(np.uint8), np.zeros((2, 640), np.uint8)
+    bits = 8 - max(shifts)
+    mask, lows = (1 << bits) - 1, (0, 8 - bits)
+
+    def emit(e: Emit, source: Value, out: Value, count: Value) -> None:
+        def body(i: Value) -> None:
+            offset = e.b.mul(i, e.i64(lanes))
+            v = e.load(vector(I8, lanes), e.pointer(source), offset)
+            each = list(shifts) * (lanes // 4 // len(shifts))
+            for k, low in enumerate(lows):
+                e.store(e.bits_of_words(v, each, mask, low), e.at(e.pointer(out), 640 * k), offset)
+
+        each_vector(e, count, body)
+
+    kit.native(emit, "iii", isa)(source, out, len(source) // lanes)
+    found = source >> np.resize(np.repeat(shifts, 4), len(source)) & mask
+    np.testing.assert_array_equal(out, [found << low for low in lows])
+
+
 # -- halves ----------------------------------------------------------------------------------------
 def convert(isa: str, lanes: int, values: np.ndarray) -> np.ndarray:
     """f16 to f32 or back through the instruction set's word."""

@@ -48,9 +48,9 @@ def test_the_default_stays_unless_another_is_clearly_faster(
 
 
 def test_one_parameter_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
-    faster = {Tuning(a, c): 1 + (a == 8192) / 2 + (c == 64) / 2 for a in AHEAD for c in CHUNK}
+    faster = {Tuning(a, c): 1 + (a == 4096) / 2 + (c == 64) / 2 for a in AHEAD for c in CHUNK}
     monkeypatch.setattr(tuning, "_Layer", lambda *_: Timed(faster))
-    assert tuning.measure(isas.choose(), 1, 2) == Tuning(8192, 64)
+    assert tuning.measure(isas.choose(), 1, 2) == Tuning(4096, 64)
 
 
 def test_a_real_measurement(monkeypatch: pytest.MonkeyPatch) -> None:

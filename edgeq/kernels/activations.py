@@ -92,8 +92,10 @@ def prepare(isa: ModuleType, columns: int) -> Any:
         first = tokens * thread // threads if by_token else 0
         last = tokens * (thread + 1) // threads if by_token else tokens
         groups = (cols + 31) // 32
-        low = 0 if by_token else groups * thread // threads
-        high = groups if by_token else groups * (thread + 1) // threads
+        # Whole steps of eight groups: rows have an order of their own within one.
+        low = 0 if by_token else (groups + 7) // 8 * thread // threads * 8
+        high = groups if by_token else (groups + 7) // 8 * (thread + 1) // threads * 8
+        high = smaller(high, groups)
         start, n = low * 32, smaller(high * 32, cols) - low * 32
         if n <= 0:
             return

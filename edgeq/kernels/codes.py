@@ -22,7 +22,10 @@ __all__ = [
     "codes",
     "coding",
     "integers",
+    "looked_up",
+    "place_of",
     "plain",
+    "run_codes",
     "scale_and_minimum",
     "scales",
 ]
@@ -82,15 +85,15 @@ def codes(e: Emit, c: Coding, step: Value, first: int, count: int) -> Value:
         parts = range(first, first + count, block)
         return e.join([codes(e, c, step, part, block) for part in parts])
     base = e.at(step, first // block * c.fmt.bytes)
-    return _block_codes(e, c, base, first % block, count)
-
-
-def _block_codes(e: Emit, c: Coding, block: Value, first: int, count: int) -> Value:
     q = c.fmt.fields["q"]
     if q.type == "i8":
-        v = e.load(vector(I8, count), block, q.at + first)
+        v = e.load(vector(I8, count), base, q.at + first % block)
         return e.b.xor(v, e.fill(I8, count, 0x80)) if c.shift else v
-    v = _runs(e, q.runs, block, first, count)
+    return looked_up(e, c, _runs(e, q.runs, base, first % block, count))
+
+
+def looked_up(e: Emit, c: Coding, v: Value) -> Value:
+    """Codes → what they stand for in a format with a table."""
     if c.fmt.table is None:
         return v
     return e.isa.lookup(e, [_byte(x + c.shift) for x in c.fmt.table], v)
@@ -103,23 +106,23 @@ def _byte(value: int) -> int:
 def _runs(e: Emit, runs: tuple[Run, ...], block: Value, first: int, count: int) -> Value:
     out, low = None, 0
     for run in runs:
-        v = _run(e, run, block, first, count)
+        v = run_codes(e, run, block, first, count)
         shifted = e.b.shl(v, e.fill(I8, count, low)) if low else v
         out = shifted if out is None else e.b.or_(out, shifted)
         low += run.bits
     return out
 
 
-def _place(run: Run, element: int) -> tuple[int, int]:
+def place_of(run: Run, element: int) -> tuple[int, int]:
     """(byte, shift) of an element; see blocks.Run."""
     per_byte = 8 // run.bits
     byte = run.at + element // (run.lanes * per_byte) * run.lanes + element % run.lanes
     return byte, run.shift + run.bits * (element // run.lanes % per_byte)
 
 
-def _run(e: Emit, run: Run, block: Value, first: int, count: int) -> Value:
+def run_codes(e: Emit, run: Run, block: Value, first: int, count: int) -> Value:
     """i8[count] of the run's bits, by the cheapest way its layout allows."""
-    places = [_place(run, first + i) for i in range(count)]
+    places = [place_of(run, first + i) for i in range(count)]
     if run.bits == 1 and run.lanes == 1 and count % 8 == 0:
         word = e.load(ir.IntType(count), block, places[0][0])
         return e.b.zext(e.b.bitcast(word, vector(I1, count)), vector(I8, count))

@@ -1,8 +1,8 @@
 """Row kernels for few columns: a row of weights times one column of activations, read once, in
 order.
 
-Activations are int8 with a scale per 32 (`xd`) and their sums times that scale per group (`xs`), or
-plain f32 for float formats.
+Activations are int8 in the order of `kernels.order`, with a scale per 32 (`xd`) and their sums
+times that scale per group (`xs`), or plain f32 for float formats.
 """
 
 from collections.abc import Sequence
@@ -11,10 +11,9 @@ from dataclasses import dataclass, replace
 from edgeq.blocks import BlockFormat
 from edgeq.kernels.codes import Coding, codes, coding, plain, scale_and_minimum
 from edgeq.kernels.llvm import F16, F32, I8, I16, I32, Emit, Value, vector
+from edgeq.kernels.order import STEP, codes_in_order, groups_of
 
 __all__ = ["Column", "Reader", "floats_at", "row_dots"]
-
-CHAINS = 2  # independent sums of a column: fma has a latency
 
 
 @dataclass(frozen=True)
@@ -31,12 +30,11 @@ class Column:
 @dataclass(frozen=True)
 class Reader:
     """How a row is read: pointer to its first byte, bytes that are asked for ahead of the reader
-    (i64 or integer), and 64 bytes of scratch per column.
+    (i64).
     """
 
     w: Value
     ahead: Value
-    spare: Value
 
     def further(self, e: Emit, offset: Value) -> "Reader":
         return replace(self, w=e.at(self.w, offset))
@@ -70,16 +68,49 @@ def row_dots(
 def _steps(e: Emit, c: Coding, row: Reader, columns: Sequence[Column], count: Value) -> list[Value]:
     """Scalar sum over `count` steps, per column.
 
-    Two passes: the first turns scales into factors in scratch memory, from where the second one
-    loads each into all lanes, which costs less than moving lanes about.
+    Vectors that hold words of the same groups are summed up as integers; then each lane is
+    multiplied by the factor of its group.
     """
-    room = e.b.mul(count, e.i64(4 * len(_order(e, c))))
-    kept = [e.at(row.spare, e.b.mul(room, e.i64(k))) for k in range(len(columns))]
-    minimums = _factors(e, c, row, columns, count, kept)
-    sums = _products(e, c, row, columns, count, kept)
-    if c.has_minimum:
-        sums = [e.b.fadd(total, m) for total, m in zip(sums, minimums, strict=True)]
-    return sums
+    width = min(e.isa.WIDTH, c.weights)
+    plan = _vectors(c, width)
+    minimums, sums = c.has_minimum * len(columns), len(columns) * len(plan)
+
+    def body(i: Value, carried: list[Value]) -> list[Value]:
+        step = e.at(row.w, e.b.mul(i, e.i64(c.bytes)))
+        e.prefetch(step, row.ahead, c.bytes)
+        here = _here(e, c, columns, i)
+        a, m = scale_and_minimum(e, c, step)
+        factors = [e.mul(a, _spread(e, c, column.xd)) for column in here]
+        new = [
+            e.fma(a if m is None else m, e.load(vector(F32, c.groups), column.xs), total)
+            for column, total in zip(here, carried[:minimums])
+        ]
+        totals = iter(carried[minimums:])
+        for groups, starts in plan.items():
+            parts = _products(e, c, step, here, starts, width)
+            for part, factor in zip(parts, factors, strict=True):
+                new.append(e.fma(part, e.pick(factor, groups), next(totals)))
+        return new
+
+    zeros = [e.fill(F32, c.groups, 0.0)] * minimums + [e.fill(F32, width // 4, 0.0)] * sums
+    found = e.loop(count, zeros, body)
+    totals = [
+        e.halve_sum(_sum(e, found[minimums + k :: len(columns)])) for k in range(len(columns))
+    ]
+    if not c.has_minimum:
+        return totals
+    more = [e.halve_sum(v) for v in found[:minimums]]
+    more = [e.b.fmul(v, F32(c.offset)) for v in more] if c.offset else more
+    return [e.b.fadd(total, m) for total, m in zip(totals, more, strict=True)]
+
+
+def _vectors(c: Coding, width: int) -> dict[tuple[int, ...], list[int]]:
+    """Where the vectors of a step start, by the groups of their words."""
+    plan: dict[tuple[int, ...], list[int]] = {}
+    for start in range(0, c.weights, width):
+        groups = groups_of(c, start, width) if c.weights == STEP else (0,) * (width // 4)
+        plan.setdefault(groups, []).append(start)
+    return plan
 
 
 def _here(e: Emit, c: Coding, columns: Sequence[Column], i: Value) -> list[Column]:
@@ -91,100 +122,15 @@ def _here(e: Emit, c: Coding, columns: Sequence[Column], i: Value) -> list[Colum
     ]
 
 
-def _factors(
-    e: Emit, c: Coding, row: Reader, columns: Sequence[Column], count: Value, kept: list[Value]
-) -> list[Value]:
-    """Write f32[count · groups] per column: scale of the weights times that of the activations.
-
-    Returns f32[groups] per column: sums of what B adds, or nothing.
-    """
-
-    order = _order(e, c)
-
-    def body(i: Value, sums: list[Value]) -> list[Value]:
-        step = e.at(row.w, e.b.mul(i, e.i64(c.bytes)))
-        e.prefetch(step, row.ahead, c.bytes)
-        a, m = scale_and_minimum(e, c, step)
-        target = e.b.mul(i, e.i64(4 * len(order)))
-        here = _here(e, c, columns, i)
-        for column, place in zip(here, kept, strict=True):
-            factors = e.mul(a, _spread(e, c, column.xd))
-            e.store(e.pick(factors, order), e.at(place, target))
-        if not c.has_minimum:
-            return []
-        xs = [e.load(vector(F32, c.groups), column.xs) for column in here]
-        return [e.fma(a if m is None else m, x, s) for x, s in zip(xs, sums, strict=True)]
-
-    zeros = [e.fill(F32, c.groups, 0.0)] * len(columns) * c.has_minimum
-    sums = [e.halve_sum(s) for s in e.loop(count, zeros, body)]
-    return [e.b.fmul(s, F32(c.offset)) for s in sums] if c.offset else sums
-
-
-def _width(e: Emit, c: Coding) -> int:
-    """Bytes of codes that are multiplied at once."""
-    return int(min(e.isa.ROW_WIDTH, c.weights))
-
-
-def _order(e: Emit, c: Coding) -> list[int]:
-    """Group whose factor stands at each place of a step's factors in memory.
-
-    Where a vector of sums spans several groups, the factors of its quarters (four lanes, 16
-    weights) lie four places apart, and those of the next vectors between them: a shuffle within
-    quarters then gives each lane its own.
-    """
-    width = _width(e, c)
-    if width <= c.fmt.group:
-        return list(range(c.groups))
-    quarters, vectors = width // 16, c.weights // width
-    return [
-        (16 * quarter + width * (first + k)) // c.fmt.group
-        for first in range(0, vectors, 4)
-        for quarter in range(quarters)
-        for k in range(4)
-    ]
-
-
 def _products(
-    e: Emit, c: Coding, row: Reader, columns: Sequence[Column], count: Value, kept: list[Value]
+    e: Emit, c: Coding, step: Value, here: list[Column], starts: list[int], width: int
 ) -> list[Value]:
-    """Scalar sum per column of integer dot products times their factors."""
-    width = _width(e, c)
-    unit = max(width, c.fmt.group)
-    chains = min(c.weights // unit, CHAINS)
-    size = 4 * len(_order(e, c))
-
-    def body(i: Value, sums: list[Value]) -> list[Value]:
-        step = e.at(row.w, e.b.mul(i, e.i64(c.bytes)))
-        xs = [column.x for column in _here(e, c, columns, i)]
-        factors = [e.at(place, e.b.mul(i, e.i64(size))) for place in kept]
-        for n, first in enumerate(range(0, c.weights, unit)):
-            for k, part in enumerate(_unit(e, c, step, xs, first, unit, width)):
-                slot = k * chains + n % chains
-                sums[slot] = e.fma(part, _spread_out(e, c, factors[k], first, width), sums[slot])
-        return sums
-
-    sums = e.loop(count, [e.fill(F32, width // 4, 0.0)] * chains * len(columns), body)
-    return [e.halve_sum(_sum(e, sums[k * chains : (k + 1) * chains])) for k in range(len(columns))]
-
-
-def _spread_out(e: Emit, c: Coding, factors: Value, first: int, width: int) -> Value:
-    """f32 lanes: for each the factor of its group, in the vector that starts at weight `first`."""
-    lanes = width // 4
-    if width <= c.fmt.group:
-        return e.splat(e.load(F32, factors, 4 * (first // c.fmt.group)), lanes)
-    vectors, k = divmod(first // width, 4)
-    loaded = e.load(vector(F32, lanes), factors, 4 * lanes * vectors)
-    return e.pick(loaded, [4 * (lane // 4) + k for lane in range(lanes)])
-
-
-def _unit(
-    e: Emit, c: Coding, step: Value, xs: list[Value], first: int, unit: int, width: int
-) -> list[Value]:
-    """f32 lanes per column: exact integer dot products of `unit` neighbours within a group."""
-    acc = [e.fill(I32, width // 4, 0)] * len(xs)
-    for k in range(first, first + unit, width):
-        w = codes(e, c, step, k, width)
-        loaded = [e.load(vector(I8, width), x, k) for x in xs]
+    """f32 lanes per column: exact integer dot products of some vectors of a step."""
+    acc = [e.fill(I32, width // 4, 0)] * len(here)
+    for start in starts:
+        read = codes_in_order if c.weights == STEP else codes
+        w = read(e, c, step, start, width)
+        loaded = [e.load(vector(I8, width), column.x, start) for column in here]
         acc = [e.isa.dot(e, a, w, x, c.signed) for a, x in zip(acc, loaded, strict=True)]
     return [e.floats(a) for a in acc]
 

@@ -17,10 +17,10 @@ TILE_KEYS = 32  # keys side by side in the K cache
 KEYS = 256  # keys per step of softmax; such ranges of one sequence are shared among threads
 KV_BITS = {"f16": 16, "bf16": 16, "f32": 32, "q8_0": 8, "q4_0": 4}  # of one cached value
 # Bytes that a row is asked for in advance, unless a machine does better with others.
-PREFETCH = 4096
+PREFETCH = 8192
 COLUMNS = 4  # columns of activations that share one reading of a row of weights
 ROWS_AT_ONCE = 16  # rows whose products with them are kept before they are written
-SPARE = 4 * COLUMNS * ROWS_AT_ONCE  # bytes of these products; the scratch memory of rows follows
+MATVEC_SCRATCH = 4 * COLUMNS * ROWS_AT_ONCE  # bytes per thread of these products
 DOT_CHAINS = 12  # independent sums of the dot-product probe: more than its latency
 
 # Argument blocks, by kernel. Everywhere: state = [tokens, first position]; eps, scale: f32 bits;
@@ -132,8 +132,3 @@ def matmul_scratch(panels: int, lanes: int, columns: int) -> int:
     results.
     """
     return panels + 256 * lanes + 4 * lanes * columns
-
-
-def matvec_scratch(cols: int) -> int:
-    """Bytes per thread of a row product: sums, and for each column a factor per 16 weights."""
-    return SPARE + COLUMNS * 4 * (-(-cols // 256) * 16)

@@ -162,6 +162,13 @@ class Emit:
         full = (1 << element.width) - 1
         return v if mask >= full >> shift else self.b.and_(v, self.fill(element, n, mask))
 
+    def bits_of_words(self, v: Value, shifts: Sequence[int], mask: int, low: int) -> Value:
+        """((v >> shift) & mask) << low of i8 lanes; a shift per four of them."""
+        if len(set(shifts)) == 1:
+            v = self.bits(v, shifts[0], mask)
+            return self.b.shl(v, self.fill(I8, v.type.count, low)) if low else v
+        return self.isa.shifted(self, v, shifts, mask, low)
+
     # -- control -----------------------------------------------------------------------------------
     def loop(
         self,

@@ -6,7 +6,7 @@ from typing import Any
 from edgeq.blocks import BlockFormat
 from edgeq.kernels.codes import plain
 from edgeq.kernels.dot import Column, Reader, row_dots
-from edgeq.kernels.layout import COLUMNS, MATMUL, ROWS_AT_ONCE, SPARE
+from edgeq.kernels.layout import COLUMNS, MATMUL, ROWS_AT_ONCE
 from edgeq.kernels.llvm import F32, Emit, Value, vector
 from edgeq.kernels.panel import lanes_of, quant_panel, rows_of
 from edgeq.kernels.rows import each
@@ -62,7 +62,7 @@ def matvec(isa: ModuleType, fmt: BlockFormat) -> Any:
 
 def _dots(isa: ModuleType, fmt: BlockFormat, columns: int) -> Any:
     """Emitted function: products of some rows with `columns` columns of x from the first on, to
-    sums [columns][ROWS_AT_ONCE], behind which scratch memory begins.
+    sums [columns][ROWS_AT_ONCE].
     """
     x_bytes, group = (4, 32) if plain(fmt) else (1, fmt.group)
 
@@ -80,7 +80,7 @@ def _dots(isa: ModuleType, fmt: BlockFormat, columns: int) -> Any:
             wanted.append(Column(place, e.at(xd, d), e.at(xs, s)))
 
         def one_row(r: Value, _: list[Value]) -> list[Value]:
-            row = Reader(e.at(w, e.b.mul(r, stride)), v[9], e.at(sums, SPARE))
+            row = Reader(e.at(w, e.b.mul(r, stride)), v[9])
             for k, total in enumerate(row_dots(e, fmt, row, wanted, cols)):
                 e.store(total, e.at(sums, e.b.mul(r, e.i64(4))), 4 * ROWS_AT_ONCE * k)
             return []

@@ -9,6 +9,7 @@ from edgeq.blocks import BlockFormat
 from edgeq.kernels.codes import Coding, codes, coding, plain, scales
 from edgeq.kernels.dot import floats_at
 from edgeq.kernels.llvm import F32, I8, I32, Emit, Value, vector
+from edgeq.kernels.order import part_offset, word_offset
 
 __all__ = ["decode_row", "normalize", "quantize_row", "silu_gate", "softmax_row", "sum_squares"]
 
@@ -194,14 +195,15 @@ def quantize_row(e: Emit, x: Value, groups: Value, out: Sequence[Value], *, colu
     out: pointers (q, d, sums16, sums32, ints16, ints32), interleaved for tiles of `columns` columns
     and standing at this row's column: q words of four [cols/4][columns]; d f32 [cols/32][columns];
     sums of 16 and of 32 codes [cols/16 or cols/32][columns], as f32 times their scale and as i32
-    with the sign turned.
+    with the sign turned. With one column, q is for rows: whole steps of 256 as in `kernels.order`.
     """
     q, d, *sums = out
+    ordered = e.b.mul(e.b.udiv(groups, e.i64(8)), e.i64(8)) if columns == 1 else e.i64(0)
 
-    def group(i: Value, _: list[Value]) -> list[Value]:
+    def group(i: Value, words: Value, offsets: Sequence[int]) -> None:
         start = e.at(x, e.b.mul(i, e.i64(128)))
         codes, scale = _quantize32(e, [e.load(vector(F32, 16), start, 64 * k) for k in (0, 1)])
-        _store_words(e, codes, e.at(q, e.b.mul(i, e.i64(32 * columns))), columns)
+        _store_words(e, codes, words, offsets)
         e.store(scale, e.at(d, e.b.mul(i, e.i64(4 * columns))))
         halves = [_sum_of(e, v) for v in codes]
         parts = [halves, [e.b.add(*halves)]] * 2
@@ -210,9 +212,22 @@ def quantize_row(e: Emit, x: Value, groups: Value, out: Sequence[Value], *, colu
                 value = e.b.neg(total) if k > 1 else e.mul(e.b.sitofp(total, F32), scale)
                 at = e.b.mul(i, e.i64(4 * columns * len(totals)))
                 e.store(value, e.at(place, at), 4 * columns * n)
+
+    def in_order(i: Value, _: list[Value]) -> list[Value]:
+        part = e.b.and_(i, e.i64(7))
+        step = e.b.mul(e.b.sub(i, part), e.i64(32))
+        words = e.at(q, e.b.add(step, part_offset(e, part)))
+        group(i, words, [word_offset(half, word) for half in (0, 1) for word in range(4)])
         return []
 
-    e.loop(groups, [], group)
+    def as_it_is(i: Value, _: list[Value]) -> list[Value]:
+        i = e.b.add(ordered, i)
+        group(i, e.at(q, e.b.mul(i, e.i64(32 * columns))), range(0, 32 * columns, 4 * columns))
+        return []
+
+    if columns == 1:
+        e.loop(ordered, [], in_order)
+    e.loop(e.b.sub(groups, ordered), [], as_it_is)
 
 
 def _quantize32(e: Emit, parts: list[Value]) -> tuple[list[Value], Value]:
@@ -240,12 +255,8 @@ def _sum_of(e: Emit, v: Value) -> Value:
     return e.lane(v, 0)
 
 
-def _store_words(e: Emit, codes: list[Value], q: Value, columns: int) -> None:
-    for k, v in enumerate(codes):
-        small = e.b.trunc(v, vector(I8, 16))
-        if columns == 1:
-            e.store(small, q, 16 * k)
-            continue
-        words = e.b.bitcast(small, vector(I32, 4))
-        for j in range(4):
-            e.store(e.lane(words, j), q, 4 * columns * (4 * k + j))
+def _store_words(e: Emit, codes: list[Value], q: Value, offsets: Sequence[int]) -> None:
+    """Words of four codes, each at its offset."""
+    words = e.b.bitcast(e.join([e.b.trunc(v, vector(I8, 16)) for v in codes]), vector(I32, 8))
+    for k, offset in enumerate(offsets):
+        e.store(e.lane(words, k), q, offset)

@@ -103,11 +103,11 @@ class Transformer:
 
     def _scratch_sizes(self) -> Iterable[int]:
         lanes = self.isa.WIDTH // 4
+        yield layout.MATVEC_SCRATCH
         yield layout.attend_scratch(self.arch.head_dim, PROMPT_QUERIES)
         for m in self.weights.matrices:
             panels = self._panels(m) * self._panel_bytes(m)
             yield layout.matmul_scratch(panels, lanes, self.isa.TILE_COLS)
-            yield layout.matvec_scratch(m.cols)
 
     def _panel_bytes(self, m: Matrix) -> int:
         lanes = self.isa.WIDTH // 4

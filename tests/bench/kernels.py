@@ -31,7 +31,7 @@ def op(name: str, fmt: blocks.BlockFormat, w: np.ndarray, tokens: int, threads: 
     columns = -(-tokens // isa.TILE_COLS) * isa.TILE_COLS
     plain, lanes = fmt.value == "x", isa.WIDTH // 4
     panels = layout.panel_bytes(COLS, fmt.group, lanes, plain)
-    size = max(layout.matmul_scratch(panels, lanes, isa.TILE_COLS), layout.matvec_scratch(COLS))
+    size = max(layout.matmul_scratch(panels, lanes, isa.TILE_COLS), layout.MATVEC_SCRATCH)
     size = -(-size // 64) * 64
     buffers = {
         "state": aligned(16),

@@ -12,10 +12,10 @@ RANK = 20
 NEEDS = frozenset({"avx2", "fma", "f16c"})
 CPU = {"x86_64": "haswell"}
 WIDTH = 32
-ROW_WIDTH = 32
-SPREADS_FROM_MEMORY = True
 TILE_COLS = 4
 OFFSET = 0
+
+shifted = portable.shifted
 
 
 def dot(e: Emit, acc: Value, w: Value, x: Value, signed: bool) -> Value:

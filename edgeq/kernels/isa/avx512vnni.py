@@ -2,19 +2,18 @@
 
 from collections.abc import Sequence
 
+from edgeq.kernels import isa as isas
 from edgeq.kernels.isa import avx2, avxvnni
 from edgeq.kernels.isa.avx2 import from_f16, pause, to_f16
 from edgeq.kernels.llvm import I8, I32, Emit, Value, vector
 
-__all__ = ["dot", "from_f16", "lookup", "pause", "to_f16"]
+__all__ = ["dot", "from_f16", "lookup", "pause", "shifted", "to_f16"]
 
 NAME = "avx512vnni"
 RANK = 40
 NEEDS = frozenset({"avx512f", "avx512bw", "avx512vl", "avx512vnni", "fma", "f16c"})
 CPU = {"x86_64": "icelake-server"}
 WIDTH = 64
-ROW_WIDTH = 32
-SPREADS_FROM_MEMORY = True
 TILE_COLS = 8
 OFFSET = 128
 
@@ -25,6 +24,22 @@ def dot(e: Emit, acc: Value, w: Value, x: Value, signed: bool) -> Value:
         return avxvnni.dot(e, acc, w, x, signed)
     words = [e.b.bitcast(v, vector(I32, 16)) for v in (w, x)]
     return e.call("llvm.x86.avx512.vpdpbusd.512", acc.type, [acc, *words])
+
+
+def shifted(e: Emit, v: Value, shifts: Sequence[int], mask: int, low: int) -> Value:
+    """One vgf2p8affineqb (Ice Lake, Zen 4) where neighbouring words are shifted alike: a bit matrix
+    per eight bytes. Else vprorvd and vpandd.
+    """
+    n = len(shifts)
+    if v.type.count == 64 and shifts[::2] == shifts[1::2] and "gfni" in isas.host_features():
+        rows = range(low, low + mask.bit_length())
+        places = [{7 - row: 1 << (row - low + s) for row in rows} for s in shifts[::2]]
+        matrices = e.const(I8, [at.get(k, 0) for at in places for k in range(8)])
+        return e.call("llvm.x86.vgf2p8affineqb.512", v.type, [v, matrices, I8(0)])
+    words = e.b.bitcast(v, vector(I32, n))
+    by = e.const(I32, [(shift - low) % 32 for shift in shifts])
+    words = e.call(f"llvm.fshr.v{n}i32", words.type, [words, words, by])
+    return e.b.and_(e.b.bitcast(words, v.type), e.fill(I8, v.type.count, mask << low))
 
 
 def lookup(e: Emit, table: Sequence[int], index: Value) -> Value:

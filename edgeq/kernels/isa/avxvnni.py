@@ -1,18 +1,16 @@
 """x86-64 with AVX-VNNI: 256-bit byte dot products (Alder Lake, Gracemont, Zen 5 and later)."""
 
 from edgeq.kernels.isa import portable
-from edgeq.kernels.isa.avx2 import from_f16, lookup, pause, to_f16
+from edgeq.kernels.isa.avx2 import from_f16, lookup, pause, shifted, to_f16
 from edgeq.kernels.llvm import I32, Emit, Value, vector
 
-__all__ = ["dot", "from_f16", "lookup", "pause", "to_f16"]
+__all__ = ["dot", "from_f16", "lookup", "pause", "shifted", "to_f16"]
 
 NAME = "avxvnni"
 RANK = 30
 NEEDS = frozenset({"avx2", "fma", "f16c", "avxvnni"})
 CPU = {"x86_64": "alderlake"}
 WIDTH = 32
-ROW_WIDTH = 32
-SPREADS_FROM_MEMORY = True
 TILE_COLS = 4
 OFFSET = 128  # vpdpbusd multiplies unsigned by signed bytes: signed codes are shifted up
 

@@ -1,18 +1,16 @@
 """64-bit Arm with the dot-product extension (Cortex-A76: Raspberry Pi 5; Apple M1 and later)."""
 
 from edgeq.kernels.isa import neon
-from edgeq.kernels.isa.neon import from_f16, lookup, pause, to_f16
+from edgeq.kernels.isa.neon import from_f16, lookup, pause, shifted, to_f16
 from edgeq.kernels.llvm import Emit, Value
 
-__all__ = ["dot", "from_f16", "lookup", "pause", "to_f16"]
+__all__ = ["dot", "from_f16", "lookup", "pause", "shifted", "to_f16"]
 
 NAME = "dotprod"
 RANK = 20
 NEEDS = frozenset({"neon", "dotprod"})
 CPU = {"aarch64": "cortex-a76"}
 WIDTH = 16
-ROW_WIDTH = 16
-SPREADS_FROM_MEMORY = False
 TILE_COLS = 8
 OFFSET = 0
 

@@ -12,10 +12,10 @@ RANK = 10
 NEEDS = frozenset({"neon"})
 CPU = {"aarch64": "cortex-a72"}
 WIDTH = 16
-ROW_WIDTH = 16
-SPREADS_FROM_MEMORY = False
 TILE_COLS = 8
 OFFSET = 0
+
+shifted = portable.shifted
 
 
 def dot(e: Emit, acc: Value, w: Value, x: Value, signed: bool) -> Value:

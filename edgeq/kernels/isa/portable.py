@@ -9,8 +9,6 @@ RANK = 0
 NEEDS: frozenset[str] = frozenset()
 CPU = {"x86_64": "x86-64", "aarch64": "generic"}  # what EDGEQ_ISA compiles for
 WIDTH = 16  # bytes per vector register
-ROW_WIDTH = 16
-SPREADS_FROM_MEMORY = False
 TILE_COLS = 4  # columns that a register tile of the prefill kernel multiplies at once
 OFFSET = 0  # added to signed 8-bit codes before `dot`
 
@@ -34,6 +32,16 @@ def lookup(e: Emit, table: Sequence[int], index: Value) -> Value:
         flag = e.b.icmp_unsigned("!=", e.b.and_(index, e.fill(I8, n, 1 << bit)), e.fill(I8, n, 0))
         level = [e.b.select(flag, high, low) for low, high in zip(level[::2], level[1::2])]
     return level[0]
+
+
+def shifted(e: Emit, v: Value, shifts: Sequence[int], mask: int, low: int) -> Value:
+    """((v >> shift) & mask) << low of i8 lanes; a shift per four of them. No byte sees bits of the
+    next one through the mask.
+    """
+    words = e.b.bitcast(v, vector(I32, len(shifts)))
+    words = e.b.lshr(words, e.const(I32, list(shifts)))
+    found = e.b.and_(e.b.bitcast(words, v.type), e.fill(I8, v.type.count, mask))
+    return e.b.shl(found, e.fill(I8, v.type.count, low)) if low else found
 
 
 def from_f16(e: Emit, v: Value) -> Value:
