@@ -137,7 +137,7 @@ def matmul(isa: ModuleType, fmt: BlockFormat) -> Any:
     """Many columns: a thread takes a few panels of rows after the other, unpacks them into L2,
     multiplies them with each tile of columns and writes the sums.
     """
-    write = _writer(isa)
+    write, ask = _writer(isa), _asker(isa)
     unpack, multiply = _float_parts(isa, fmt) if plain(fmt) else _quant_parts(isa, fmt)
     lanes, columns = isa.WIDTH // 4, isa.TILE_COLS
     per_word, per_scale, x_bytes = (1, 0, 4) if plain(fmt) else (4, fmt.group, 1)
@@ -155,9 +155,13 @@ def matmul(isa: ModuleType, fmt: BlockFormat) -> Any:
         buf = base + group * size
         sums = buf + 256 * lanes
         panels = (rows + lanes - 1) // lanes
+        # What the next panels are unpacked from is asked for meanwhile, some with each tile.
+        tiles = (tokens + columns - 1) // columns
+        share = (group * lanes * row_bytes // tiles + 127) // 64 * 64
         first = add_at(load(args, TAKEN), 0, group)
         while first < panels:
             end = smaller(first + group, panels)
+            following = add_at(load(args, TAKEN), 0, group)
             for p in range(first, end):
                 at = base + (p - first) * size
                 left = smaller(lanes, rows - p * lanes)
@@ -171,10 +175,12 @@ def matmul(isa: ModuleType, fmt: BlockFormat) -> Any:
                     at + words + scale_words,
                     buf,
                 )
-            for t in range((tokens + columns - 1) // columns):
+            for t in range(tiles):
                 d, s = xd + t * (cols // 32 * 4 * columns), xs
                 if per_sum:
                     s = xs + t * (cols // per_sum * 4 * columns)
+                if following < panels:
+                    ask(w + following * lanes * row_bytes + t * share, share)
                 for p in range(first, end):
                     at = base + (p - first) * size
                     multiply(
@@ -197,9 +203,22 @@ def matmul(isa: ModuleType, fmt: BlockFormat) -> Any:
                         n,
                         lanes,
                     )
-            first = add_at(load(args, TAKEN), 0, group)
+            first = following
 
     return kernel
+
+
+def _asker(isa: ModuleType) -> Any:
+    """Numba function: ask for so many bytes from an address on."""
+
+    def emit(e: Emit, address: Value, nbytes: Value) -> None:
+        def line(i: Value, _: list[Value]) -> list[Value]:
+            e.prefetch(e.pointer(address), e.b.mul(i, e.i64(64)), 64)
+            return []
+
+        e.loop(e.b.udiv(nbytes, e.i64(64)), [], line)
+
+    return emitted(isa, emit, "ii")
 
 
 def _quant_parts(isa: ModuleType, fmt: BlockFormat) -> tuple[Any, Any]:

@@ -131,24 +131,33 @@ def _unpack_steps(
     """`count` steps that start `skip` bytes into each row, at column `first`."""
     c, lanes, (panel, a, b, buf) = p.coding, rows_of(e), out
     group = c.fmt.group
+    counts = c.weights // p.span, (c.weights // group if p.minimum or p.nested else 0)
+    starts = 0, 4 * counts[0]
 
     def step(s: Value, _: list[Value]) -> list[Value]:
         column = e.b.add(first, e.b.mul(s, e.i64(c.weights)))
         places = [e.at(k, _scale_place(e, column, n, lanes)) for k, n in ((a, p.span), (b, group))]
         offset = e.b.add(skip, e.b.mul(s, e.i64(c.bytes)))
 
-        def row(r: Value, _: list[Value]) -> list[Value]:
+        def row_scales(r: Value, _: list[Value]) -> list[Value]:
             source = e.at(row_at(e, w, stride, r, rows), offset)
-            _decode_row(e, p, source, e.at(buf, e.b.mul(r, e.i64(c.weights))))
-            where = e.b.mul(r, e.i64(4))
-            for values, place in zip(_scales(e, p, source), places, strict=True):
-                for k in range(values.type.count if values is not None else 0):
-                    e.store(e.lane(values, k), e.at(place, where), 4 * lanes * k)
+            spot = e.at(buf, e.b.mul(r, e.i64(c.weights)))
+            for start, values in zip(starts, _scales(e, p, source), strict=True):
+                if values is not None:
+                    e.store(values, spot, start)
             return []
 
-        e.loop(lanes, [], row)
+        def row_codes(r: Value, _: list[Value]) -> list[Value]:
+            source = e.at(row_at(e, w, stride, r, rows), offset)
+            _decode_row(e, p, source, e.at(buf, e.b.mul(r, e.i64(c.weights))))
+            return []
+
+        e.loop(lanes, [], row_scales)
+        for start, count, place in zip(starts, counts, places, strict=True):
+            _transpose_words(e, e.at(buf, start), c.weights, count, place)
+        e.loop(lanes, [], row_codes)
         target = e.at(panel, e.b.mul(column, e.i64(lanes)))
-        _transpose_words(e, buf, c.weights, target)
+        _transpose_words(e, buf, c.weights, c.weights // 4, target)
         return []
 
     e.loop(count, [], step)
@@ -190,19 +199,21 @@ def _folded(e: Emit, p: Lanes, v: Value, factors: Value) -> Value:
     return e.b.xor(small, e.fill(I8, v.type.count, 128)) if p.shift else small
 
 
-def _transpose_words(e: Emit, buf: Value, weights: int, panel: Value) -> None:
-    """buf i32[R][weights/4] → panel i32[weights/4][R]."""
+def _transpose_words(e: Emit, buf: Value, stride: int, count: int, panel: Value) -> None:
+    """i32[R][count], rows `stride` bytes apart → panel i32[count][R]."""
+    if not count:
+        return
     lanes = rows_of(e)
-    square = min(lanes, weights // 4)  # a tail of 32 weights has 8 words per row
+    square = min(lanes, count)
     word = vector(I32, square)
 
     def unit(u: Value, _: list[Value]) -> list[Value]:
         column = e.at(buf, e.b.mul(u, e.i64(4 * square)))
         for first in range(0, lanes, square):
-            rows = [e.load(word, column, (first + r) * weights) for r in range(square)]
+            rows = [e.load(word, column, (first + r) * stride) for r in range(square)]
             for k, v in enumerate(e.transpose(rows)):
                 offset = e.b.mul(u, e.i64(4 * square * lanes))
                 e.store(v, e.at(panel, offset), 4 * (k * lanes + first))
         return []
 
-    e.loop(weights // 4 // square, [], unit)
+    e.loop(count // square, [], unit)
