@@ -6,12 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import golden
+import numpy as np
 import pytest
 
 import edgeq
+from edgeq import blocks
 from edgeq.engine import Model
 from edgeq.errors import RequestError
 from edgeq.evaluate import windows
+from edgeq.gguf import GgufWriter, TensorSpec
 
 EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "tiny-home"
 Convert = Callable[[str], Path]
@@ -82,6 +85,40 @@ def test_reference_logits(data: Path, convert: Convert) -> None:
     ids, expected = golden.read(data / "golden_logits.safetensors")
     with edgeq.load(convert("F16")) as model:
         assert golden.distance(model.logits(ids), expected) < 2e-3
+
+
+def dequantized(path: Path, out: Path) -> Path:
+    """The same weights as F32."""
+    with edgeq.open_gguf(path) as gguf:
+        f32 = blocks.get("F32")
+        specs = [TensorSpec(t.name, t.shape, f32) for t in gguf.tensors.values()]
+        with GgufWriter(out, gguf.typed_metadata(), specs) as writer:
+            for t in gguf.tensors.values():
+                writer.write(t.name, edgeq.dequantize(gguf.tensor(t.name), t.format))
+    return out
+
+
+def divergence(path: Path, reference: Path, text: str, ctx: int) -> float:
+    """Mean KL divergence from the reference, at the positions that llama-perplexity scores."""
+    with edgeq.load(path) as model, edgeq.load(reference, kv="f32") as exact:
+        ids, found = exact.tokenizer.encode(text, special=False, bos=True), []
+        for window, first in windows(ids, ctx, exact.tokenizer.bos_id):
+            p, q = (m.logits(window)[first - 1 : -1].astype(np.float64) for m in (exact, model))
+            p, q = (v - np.log(np.exp(v).sum(axis=1, keepdims=True)) for v in (p, q))
+            found.append((np.exp(p) * (p - q)).sum(axis=1))
+    return float(np.concatenate(found).mean())
+
+
+@pytest.mark.parametrize("name", ["Q2_K", "Q4_K_M"])
+def test_rounding_of_activations_costs_no_more_than_in_llama_cpp(
+    name: str, data: Path, measured: dict[str, Any], tmp_path: Path
+) -> None:
+    """The same file, against its weights in float arithmetic; a third of the text is enough."""
+    path, text = data / "files_from_llama_cpp" / f"{name}.gguf", (data / "eval.txt").read_text()
+    text = text[: len(text) // 3]
+    reference = dequantized(path, tmp_path / "f32.gguf")
+    ours = divergence(path, reference, text, measured["perplexity_ctx"])
+    assert 0 < ours <= measured["kld_same_file"][name]["kld_mean"]
 
 
 def test_the_size_is_llama_quantizes(measured: dict[str, Any], convert: Convert) -> None:
