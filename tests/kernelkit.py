@@ -94,7 +94,7 @@ def native(
     if isas.machine() not in isa.CPU:
         return foreign(module, arguments, isa, result)
     machine = host_machine(isa, cpu)
-    engine = llvm.create_mcjit_compiler(optimized(module, machine), machine)
+    engine = llvm.create_mcjit_compiler(optimized(module, machine), machine, use_lmm=True)
     engine.finalize_object()
     kinds = [ctypes.c_float if letter == "f" else ctypes.c_int64 for letter in arguments]
     address = engine.get_function_address("f")

@@ -176,7 +176,8 @@ class Loader:
         """Address of the function `symbol` of an object file."""
         llvm = self._llvm
         machine = llvm.Target.from_default_triple().create_target_machine(jit=True)
-        engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), machine)
+        # Its sections side by side: 32-bit offsets between them must reach, whatever else is mapped.
+        engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), machine, use_lmm=True)
         engine.add_object_file(llvm.ObjectFileRef.from_data(code))
         engine.finalize_object()
         self._engines.append(engine)
