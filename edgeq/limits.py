@@ -29,7 +29,7 @@ class Limits:
 
     threads: int
     read_gbs: float  # 1e9 bytes per second, read once, in order
-    dot_gmacs: float  # 1e9 8-bit multiply-adds per second, operands in registers
+    dot_gmacs: float  # 1e9 8-bit multiply-adds per second, operands at hand
 
 
 def measure(threads: int, cores: int) -> Limits:
@@ -46,7 +46,7 @@ def measure(threads: int, cores: int) -> Limits:
     source[:] = 1  # pages that were never written are all the same one
     where = [int(source.ctypes.data), size, int(sums.ctypes.data)]
     read = Program([Op("probe_read", np.array(where, np.int64))], addresses, team, threads)
-    steps = np.array([DOT_STEPS, 0, where[2]], np.int64)
+    steps = np.array([DOT_STEPS, where[0], where[2]], np.int64)
     dot = Program([Op("probe_dot", steps)], addresses, team, threads)
     try:
         seconds = _best(read)

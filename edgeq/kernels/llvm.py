@@ -68,6 +68,10 @@ class Emit:
             where = self.at(self.at(pointer, offset), line)
             self.call("llvm.prefetch.p0", ir.VoidType(), [where, I32(0), I32(2), I32(1)])
 
+    def forget_memory(self) -> None:
+        """Make the optimizer load again what it has loaded before; no instruction."""
+        self.b.asm(ir.FunctionType(ir.VoidType(), []), "", "~{memory}", [], True)
+
     # -- vectors -----------------------------------------------------------------------------------
     def splat(self, scalar: Value, lanes: int) -> Value:
         undefined = ir.Constant(vector(scalar.type, lanes), ir.Undefined)

@@ -48,25 +48,26 @@ def _sum(e: Emit, values: list[Value]) -> Value:
 
 
 def probe_dot(isa: ModuleType) -> Any:
-    """Each thread: args[0] steps of DOT_CHAINS independent dot products in registers; sums as
-    above.
+    """Each thread: args [steps, operands (64 bytes for each chain, and 64 more), sums as above]; a
+    step is DOT_CHAINS independent dot products with one operand in a register and one in L1.
     """
 
-    def emit(e: Emit, steps: Value, out: Value) -> None:
+    def emit(e: Emit, steps: Value, operands: Value, out: Value) -> None:
         lanes = e.isa.WIDTH // 4
-        # What is multiplied is loaded, so that nothing can be computed ahead of time.
-        w = e.load(vector(I8, 4 * lanes), e.pointer(out))
-        x = e.load(vector(I8, 4 * lanes), e.pointer(out))
+        kind, source = vector(I8, 4 * lanes), e.pointer(operands)
+        w = e.load(kind, source, 64 * DOT_CHAINS)
 
         def step(i: Value, acc: list[Value]) -> list[Value]:
-            return [e.isa.dot(e, a, w, x, False) for a in acc]
+            e.forget_memory()  # else what does not depend on acc is multiplied only once
+            xs = [e.load(kind, source, 64 * k) for k in range(DOT_CHAINS)]
+            return [e.isa.dot(e, a, w, x, False) for a, x in zip(acc, xs, strict=True)]
 
         start = [e.fill(I32, lanes, k) for k in range(DOT_CHAINS)]
         e.store(_sum(e, e.loop(steps, start, step)), e.pointer(out))
 
-    run = emitted(isa, emit, "ii")
+    run = emitted(isa, emit, "iii")
 
     def kernel(args, thread, threads):
-        run(load(args, 0), load(args, 2) + 64 * thread)
+        run(load(args, 0), load(args, 1), load(args, 2) + 64 * thread)
 
     return kernel
