@@ -176,7 +176,7 @@ class Loader:
         """Address of the function `symbol` of an object file."""
         llvm = self._llvm
         machine = llvm.Target.from_default_triple().create_target_machine(jit=True)
-        # Its sections side by side: 32-bit offsets between them must reach, whatever else is mapped.
+        # Its sections side by side: 32-bit offsets between them must reach.
         engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), machine, use_lmm=True)
         engine.add_object_file(llvm.ObjectFileRef.from_data(code))
         engine.finalize_object()
