@@ -25,7 +25,6 @@ __all__ = [
     "looked_up",
     "place_of",
     "plain",
-    "run_codes",
     "scale_and_minimum",
     "scales",
 ]
@@ -106,7 +105,7 @@ def _byte(value: int) -> int:
 def _runs(e: Emit, runs: tuple[Run, ...], block: Value, first: int, count: int) -> Value:
     out, low = None, 0
     for run in runs:
-        v = run_codes(e, run, block, first, count)
+        v = _run(e, run, block, first, count)
         shifted = e.b.shl(v, e.fill(I8, count, low)) if low else v
         out = shifted if out is None else e.b.or_(out, shifted)
         low += run.bits
@@ -120,7 +119,7 @@ def place_of(run: Run, element: int) -> tuple[int, int]:
     return byte, run.shift + run.bits * (element // run.lanes % per_byte)
 
 
-def run_codes(e: Emit, run: Run, block: Value, first: int, count: int) -> Value:
+def _run(e: Emit, run: Run, block: Value, first: int, count: int) -> Value:
     """i8[count] of the run's bits, by the cheapest way its layout allows."""
     places = [place_of(run, first + i) for i in range(count)]
     if run.bits == 1 and run.lanes == 1 and count % 8 == 0:

@@ -10,7 +10,7 @@ interleaving of two loads, with a shift that is the same for each byte of a word
 from collections.abc import Sequence
 
 from edgeq.blocks import Run
-from edgeq.kernels.codes import Coding, looked_up, place_of, run_codes
+from edgeq.kernels.codes import Coding, looked_up, place_of
 from edgeq.kernels.llvm import I8, I32, Emit, Value, vector
 
 __all__ = ["STEP", "codes_in_order", "groups_of", "part_offset", "word_offset"]
@@ -80,9 +80,7 @@ def _run(
 ) -> Value:
     """The run's bits of a vector, moved to bit `low` of each byte."""
     if run.lanes < QUARTER:
-        sides = [_decoded(e, c, run, step, side) for side in both]
-        v = _interleaved(e, sides[0], sides[1], i1)
-        return e.b.shl(v, e.fill(I8, v.type.count, low)) if low else v
+        return _flags(e, c, run, step, both, i1, low)
     found = [[_place(c, run, half) for half in side] for side in both]
     places = [[byte for byte, _ in side] for side in found]
     shifts = [s for a, b in zip(*found, strict=True) for s in (a[1], b[1]) * 2]
@@ -97,13 +95,25 @@ def _place(c: Coding, run: Run, half: Half) -> tuple[int, int]:
     return block + byte, shift
 
 
-def _decoded(e: Emit, c: Coding, run: Run, step: Value, side: list[Half]) -> Value:
-    """i8[16 · halves] of a run whose bits lie weight by weight."""
-    parts = []
-    for half in side:
+def _flags(
+    e: Emit, c: Coding, run: Run, step: Value, both: list[list[Half]], i1: int, low: int
+) -> Value:
+    """The same for a bit per weight: the bytes with these bits are spread, then tested."""
+    words = [
+        (half, 2 * i1 + i0) for pair in zip(*both, strict=True) for i0 in (0, 1) for half in pair
+    ]
+    blocks = list(dict.fromkeys(_element(c, half)[1] for half, _ in words))
+    loaded = e.gather([e.load(I32, step, block + run.at) for block in blocks])
+    source, wanted = [], []
+    for half, word in words:
         element, block = _element(c, half)
-        parts.append(run_codes(e, run, e.at(step, block), element, QUARTER))
-    return e.join(parts)
+        byte, shift = place_of(run, element + 4 * word)
+        source += [4 * blocks.index(block) + byte - run.at] * 4
+        wanted += [1 << (shift + k) for k in range(4)]
+    spread = e.pick(e.b.bitcast(loaded, vector(I8, 4 * len(blocks))), source)
+    found = e.b.and_(spread, e.const(I8, [(bit + 128) % 256 - 128 for bit in wanted]))
+    zero = e.fill(I8, len(wanted), 0)
+    return e.b.select(e.b.icmp_unsigned("!=", found, zero), e.fill(I8, len(wanted), 1 << low), zero)
 
 
 def _gathered(e: Emit, step: Value, near: Sequence[int], far: Sequence[int], i1: int) -> Value:

@@ -150,30 +150,24 @@ def plot(rows: list[dict[str, Any]], best: limits.Limits, path: str) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(9, 5.2), layout="constrained")
+    figure, axes = plt.subplots(figsize=(9.5, 5.2), layout="constrained")
     x = np.geomspace(0.3, 4000, 300)
-    roof = np.minimum(x * best.read_gbs, best.dot_gmacs)
-    axes.plot(x, roof, color="black", linewidth=1.2)
-    for k, row in enumerate(rows):
-        color = f"C{k % 10}"
-        per_byte = 256 / row["bytes_per_256"]
-        for at, speed, marker in (
-            (per_byte, row["row_gbs"] * per_byte, "o"),
-            (per_byte * TOKENS, row["panel_gmacs"], "s"),
-        ):
-            label = row["format"] if marker == "o" else None
-            axes.plot(at, speed, marker, color=color, label=label, markersize=6)
+    axes.plot(x, np.minimum(x * best.read_gbs, best.dot_gmacs), color="black", linewidth=1.2)
+    for row, color in zip(rows, plt.get_cmap("tab20").colors, strict=False):
+        per_byte, edge = 256 / row["bytes_per_256"], {"color": color, "markersize": 7}
+        axes.plot(per_byte, row["row_gbs"] * per_byte, "o", label=row["format"], **edge)
+        axes.plot(per_byte * TOKENS, row["panel_gmacs"], "s", **edge)
     place = {"fontsize": 9, "color": "0.25"}
-    axes.text(0.36, 0.42 * best.read_gbs, f"read {best.read_gbs:.0f} GB/s", rotation=33, **place)
-    axes.text(60, 1.06 * best.dot_gmacs, f"byte dot products {best.dot_gmacs:.0f} GMAC/s", **place)
-    axes.text(1.1, 8, "o  one column: generation", **place)
-    axes.text(300, 30, f"□  {TOKENS} columns: prompt", **place)
     axes.set(xscale="log", yscale="log", xlim=(0.3, 4000), ylim=(5, 2 * best.dot_gmacs))
+    axes.text(2, 2.4 * best.read_gbs, f"read {best.read_gbs:.0f} GB/s", ha="right", **place)
+    axes.text(60, 1.06 * best.dot_gmacs, f"byte dot products {best.dot_gmacs:.0f} GMAC/s", **place)
+    axes.text(2.2, 14, "circles: one column (generation)", **place)
+    axes.text(70, 55, f"squares: {TOKENS} columns (prompt)", **place)
     axes.set_xlabel("multiply-adds per byte of weights read")
     axes.set_ylabel("multiply-adds per second, 1e9")
     axes.set_title(f"{isas.choose().NAME}, {best.threads} threads", fontsize=10)
     axes.grid(alpha=0.25, which="both", linewidth=0.5)
-    axes.legend(ncols=2, fontsize=8, loc="lower right")
+    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(path)
 
 
