@@ -15,6 +15,7 @@ from types import ModuleType
 import numpy as np
 
 from edgeq import blocks, memory
+from edgeq.blocks import BlockFormat
 from edgeq.kernels import cache, layout, load
 from edgeq.kernels.program import TEAM_KERNELS, Op, Program, Team, aligned, arguments
 
@@ -23,7 +24,7 @@ __all__ = ["AHEAD", "CHUNK", "Tuning", "measure", "tuned"]
 AHEAD = (0, 2048, 4096, 8192, 12288)  # bytes
 CHUNK = (0, 16, 64, 256)  # rows
 TURNS = 8  # so many that nobody waits long for the last, so few that taking them costs nothing
-FORMAT = "Q4_K"
+FORMAT, WIDE = "Q4_K", "Q8_0"  # of which the distances hold for all with fewer, or no fewer bits
 COLS, ROWS = 2048, 5632  # one product: a small model's feed-forward matrix
 COUNTER = 128  # bytes between counters: cache lines of their own
 READ_BYTES = 1 << 27  # all products together: more than the caches of a core
@@ -35,11 +36,21 @@ Progress = Callable[[str, int, int], None]
 @dataclass(frozen=True)
 class Tuning:
     """ahead: bytes of a row that are asked for in advance, 0 = none. chunk: rows that a thread
-    takes at a time, 0 = so many that each has TURNS turns.
+    takes at a time, 0 = so many that each has TURNS turns. ahead_wide: ahead for formats of a byte
+    or more per weight, where so little is left to compute that a CPU's own prefetchers keep up.
     """
 
     ahead: int = layout.PREFETCH
     chunk: int = 0
+    ahead_wide: int = 0
+
+    def distance(self, fmt: BlockFormat) -> int:
+        """Bytes that are asked for in advance of rows of a format.
+
+        >>> Tuning(4096, 0, 1024).distance(blocks.get("Q8_0"))
+        1024
+        """
+        return self.ahead_wide if fmt.bytes >= fmt.block else self.ahead
 
     def turn(self, rows: int, threads: int) -> int:
         """Rows of a matrix of `rows` that each of `threads` threads takes at a time.
@@ -79,17 +90,22 @@ def tuned(
 
 
 def measure(isa: ModuleType, threads: int, cores: int, progress: Progress | None = None) -> Tuning:
-    """Measure now, about a second: first the prefetch distance, then the rows at a time."""
-    addresses = load([f"matvec/{FORMAT}", *TEAM_KERNELS], isa, progress)
+    """Measure now, a second or two: first the prefetch distances, then the rows at a time."""
+    names = [f"matvec/{name}" for name in (FORMAT, WIDE)]
+    addresses = load([*names, *TEAM_KERNELS], isa, progress)
     if progress:
         progress("measuring this machine", 1, 1)
     team = Team(isa, threads, cores)
     best = Tuning()
     try:
-        layer = _Layer(isa, threads, addresses, team)
-        for name, values in (("ahead", AHEAD), ("chunk", CHUNK)):
-            options = [best, *(replace(best, **{name: v}) for v in values)]
-            best = _fastest(layer, list(dict.fromkeys(options)))
+        for fmt, parameters in (
+            (FORMAT, {"ahead": AHEAD, "chunk": CHUNK}),
+            (WIDE, {"ahead_wide": AHEAD}),
+        ):
+            layer = _Layer(blocks.get(fmt), isa, threads, addresses, team)
+            for name, values in parameters.items():
+                options = [best, *(replace(best, **{name: v}) for v in values)]
+                best = _fastest(layer, list(dict.fromkeys(options)))
     finally:
         team.close()
     return best
@@ -116,9 +132,13 @@ class _Layer:
     """Products that read a large piece of memory once, as decoding one token does."""
 
     def __init__(
-        self, isa: ModuleType, threads: int, addresses: dict[str, int], team: Team
+        self,
+        fmt: BlockFormat,
+        isa: ModuleType,
+        threads: int,
+        addresses: dict[str, int],
+        team: Team,
     ) -> None:
-        fmt = blocks.get(FORMAT)
         size = ROWS * blocks.row_bytes(fmt, COLS)
         count = max(min(READ_BYTES, memory.available() // 4) // size, 1)
         sizes = {"x": COLS, "xd": COLS // 8, "xs": COLS // 4, "out": 4 * ROWS}
@@ -130,7 +150,7 @@ class _Layer:
         places = {name: int(part.ctypes.data) for name, part in self._memory.items()}
         numbers = {"rows": ROWS, "cols": COLS, "row_bytes": size // ROWS, "stride": ROWS}
         numbers |= {"bias": 0, "add": 0, "group": 1, "scratch_bytes": layout.MATVEC_SCRATCH}
-        numbers |= {"private": 0, **asdict(Tuning())}
+        numbers |= {"private": 0, "ahead": 0, "chunk": 0}
         first, taken = places.pop("w"), places.pop("taken")
         self._args = [
             arguments(
@@ -138,14 +158,16 @@ class _Layer:
             )
             for i in range(count)
         ]
-        self._threads = threads
-        ops = [Op(f"matvec/{FORMAT}", args) for args in self._args]
+        self._threads, self._format = threads, fmt
+        ops = [Op(f"matvec/{fmt.name}", args) for args in self._args]
         self._program = Program(ops, addresses, team, threads)
 
     def seconds(self, tuning: Tuning) -> float:
         """Time of one pass with these parameters."""
-        for name, value in (("ahead", tuning.ahead), ("chunk", tuning.turn(ROWS, self._threads))):
-            for args in self._args:
+        chosen = {"ahead": tuning.distance(self._format)}
+        chosen["chunk"] = tuning.turn(ROWS, self._threads)
+        for args in self._args:
+            for name, value in chosen.items():
                 args[layout.MATMUL.index(name)] = value
         self._memory["taken"].fill(0)
         start = perf_counter()

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import edgeq
-from edgeq import tuning
+from edgeq import blocks, tuning
 from edgeq.kernels import cache, layout
 from edgeq.kernels import isa as isas
 from edgeq.tuning import AHEAD, CHUNK, Tuning
@@ -48,9 +48,14 @@ def test_the_default_stays_unless_another_is_clearly_faster(
 
 
 def test_one_parameter_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
-    faster = {Tuning(a, c): 1 + (a == 4096) / 2 + (c == 64) / 2 for a in AHEAD for c in CHUNK}
+    faster = {
+        Tuning(a, c, w): 1 + (a == 4096) / 2 + (c == 64) / 2 + (w == 2048) / 2
+        for a in AHEAD
+        for c in CHUNK
+        for w in AHEAD
+    }
     monkeypatch.setattr(tuning, "_Layer", lambda *_: Timed(faster))
-    assert tuning.measure(isas.choose(), 1, 2) == Tuning(4096, 64)
+    assert tuning.measure(isas.choose(), 1, 2) == Tuning(4096, 64, 2048)
 
 
 def test_a_real_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -67,10 +72,11 @@ def test_a_real_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_layer_passes_the_parameters_on(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tuning, "READ_BYTES", 1)
     monkeypatch.setattr(tuning, "Program", MagicMock())
-    layer = tuning._Layer(isas.choose(), 1, {}, MagicMock())
-    assert layer.seconds(Tuning(123, 45)) >= 0
-    words = dict(zip(layout.MATMUL, layer._args[0].tolist()))
-    assert (words["ahead"], words["chunk"]) == (123, 45)
+    for name, ahead in (("Q3_K", 123), ("Q8_0", 67), ("F16", 67)):
+        layer = tuning._Layer(blocks.get(name), isas.choose(), 1, {}, MagicMock())
+        assert layer.seconds(Tuning(123, 45, 67)) >= 0
+        words = dict(zip(layout.MATMUL, layer._args[0].tolist()))
+        assert (words["ahead"], words["chunk"]) == (ahead, 45)
 
 
 def test_what_was_found_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:

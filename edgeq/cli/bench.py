@@ -259,6 +259,7 @@ _NAMES = {
     "read_gbs": "read GB/s",
     "dot_gmacs": "dot GMAC/s",
     "ahead": "prefetch bytes ahead",
+    "ahead_wide": "the same from 8 bits per weight on",
     "chunk": "rows at a time (0: by their number)",
 }
 _MACHINE = {"md": _markdown_machine, "csv": _csv, "json": _json, "jsonl": _jsonl}

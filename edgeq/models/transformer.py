@@ -260,7 +260,7 @@ class Transformer:
             scratch=_address(self._scratch),
             scratch_bytes=self._scratch_bytes,
             group=self._panels(m),
-            ahead=self.tuning.ahead,
+            ahead=self.tuning.distance(m.format),
             chunk=self.tuning.turn(m.rows, self.threads),
             taken=_address(self._taken) + next(self._counters),
             private=given.private,

@@ -84,7 +84,10 @@ class Bench:
         numbers = {key: int(value.ctypes.data) for key, value in buffers.items()}
         numbers |= {"rows": rows, "cols": COLS, "row_bytes": w.shape[1], "stride": rows}
         numbers |= {"bias": 0, "add": 0, "group": 1, "private": 0, "w": int(w.ctypes.data)}
-        numbers |= {"scratch_bytes": sizes["scratch"] // self.threads, "ahead": layout.PREFETCH}
+        numbers |= {
+            "scratch_bytes": sizes["scratch"] // self.threads,
+            "ahead": Tuning().distance(fmt),
+        }
         numbers |= {"chunk": Tuning().turn(rows, self.threads)}
         self.kept.extend([w, *buffers.values()])
         return Op(f"{name}/{fmt.name}", arguments(layout.MATMUL, **numbers))
