@@ -124,8 +124,8 @@ def test_bench_measures_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     assert result.stderr == ""
     shown = json.loads(edgeq("bench", "--limits", "-t", "2", "-o", "json").stdout)
     assert shown == [{"threads": 2, "read_gbs": 24.69, "dot_gmacs": 200.0}]
-    monkeypatch.setattr("edgeq.tuning.tuned", lambda *_, again: Tuning(1024, 64))
-    assert edgeq("bench", "--tune", "-t", "2").stdout.splitlines()[2] == "| 2 | 1024 | 64 |"
+    monkeypatch.setattr("edgeq.tuning.tuned", lambda *_, again: Tuning(1024, 64, 2048))
+    assert edgeq("bench", "--tune", "-t", "2").stdout.splitlines()[2] == "| 2 | 1024 | 64 | 2048 |"
     assert edgeq("bench", "--tune", "-t", "0").exit_code == 2
     assert "Missing argument" in edgeq("bench").stderr
 
