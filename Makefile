@@ -1,14 +1,14 @@
 # make demo   convert the small model in examples/ and ask it three questions
 # make test   all tests          make lint   ruff and mypy
 # make bench  speed on this machine, as in the README: llama-bench's rows for models of TinyLlama's
-#             shape with random weights (FILES, some 600 to 1200 MB each, made once). With
+#             shape with random weights (FILES, 6 GB in all, made once). With
 #             PEER=python, an interpreter with llama-cpp-python, beside llama.cpp.
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 MODEL  := demo/tiny-home-Q4_K_M.gguf
 PYTEST ?= -n 2
-FILES  ?= Q4_K_M Q8_0
+FILES  ?= Q4_K_M Q8_0 Q4_0 Q6_K Q3_K_M Q2_K F16
 BENCH  := $(FILES:%=demo/tinyllama-%.gguf)
 
 .DEFAULT_GOAL := demo
@@ -53,7 +53,7 @@ demo/tinyllama-%.gguf: tests/bench/tinyllama.py $(VENV)/.installed
 bench: $(BENCH)
 	$(BIN)/edgeq bench --limits
 	$(BIN)/edgeq bench $(BENCH)
-	$(if $(PEER),$(BIN)/python tests/bench/peers.py $(BENCH) --peer-python $(PEER) --threads $$(nproc))
+	$(if $(PEER),$(BIN)/python tests/bench/peers.py $(BENCH) --peer-python $(PEER))
 
 clean:
 	rm -rf $(VENV) demo

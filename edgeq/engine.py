@@ -82,11 +82,6 @@ def load(
         raise
 
 
-def cores() -> int:
-    """Physical performance cores that this process may use: the threads of a model by default."""
-    return cpus.find().threads
-
-
 class Model:
     """A loaded model: made by `edgeq.load`, used by one thread at a time. Close it, or use it in a
     `with` statement.
@@ -128,6 +123,7 @@ class Model:
             store,
             isa,
             threads=self._workers,
+            decoders=self.threads,
             batch=batch,
             outputs=outputs,
             tuning=tuned(isa, self.threads, self._cpus.usable, on_compile),

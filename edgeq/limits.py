@@ -4,13 +4,14 @@ Measured once per machine, instruction set and thread count by kernels of our ow
 the compiled kernels. `edgeq bench` shows speeds as a share of them.
 """
 
-import contextlib
+import math
 from dataclasses import asdict, dataclass
 from time import perf_counter
+from typing import Any
 
 import numpy as np
 
-from edgeq import memory
+from edgeq import cpus, memory
 from edgeq.kernels import cache, load
 from edgeq.kernels import isa as isas
 from edgeq.kernels.layout import DOT_CHAINS
@@ -40,7 +41,7 @@ def measure(threads: int, cores: int) -> Limits:
     isa = isas.choose()
     names = ("probe_read", "probe_dot", *TEAM_KERNELS)
     addresses = load(names, isa)
-    team = Team(isa, threads, cores)
+    team = Team(isa, threads, cores, home=cpus.find().home)
     size = min(READ_BYTES, memory.available() // 4) // 4096 * 4096
     sums, source = aligned(64 * threads), aligned(size)
     source[:] = 1  # pages that were never written are all the same one
@@ -67,15 +68,24 @@ def _best(program: Program) -> float:
 
 
 def measured(threads: int, cores: int, *, again: bool = False) -> Limits:
-    """The stored limits for this machine and thread count, measured first where there are none, or
-    again.
+    """The best that was ever measured on this machine with so many threads: now, and what is stored
+    of earlier times, when it may have been less busy. again: forget these.
     """
+    found = asdict(measure(threads, cores))
     kept = None if again else cache.recall(_name(threads), isas.choose())
-    with contextlib.suppress(TypeError):
-        return Limits(**(kept or {}))
-    found = measure(threads, cores)
-    cache.remember(_name(threads), isas.choose(), asdict(found))
-    return found
+    if kept is not None and _sane(kept, threads):
+        found = {name: max(value, kept[name]) for name, value in found.items()}
+    cache.remember(_name(threads), isas.choose(), found)
+    return Limits(**found)
+
+
+def _sane(kept: dict[str, Any], threads: int) -> bool:
+    """Whether stored limits can be used: they may be of another version, or damaged."""
+    return (
+        set(kept) == {"threads", "read_gbs", "dot_gmacs"}
+        and kept["threads"] == threads
+        and all(type(v) in (int, float) and 0 < v < math.inf for v in kept.values())
+    )
 
 
 def _name(threads: int) -> str:

@@ -5,16 +5,16 @@ How far ahead a core asks for weights, and how many rows threads take at a time,
 decided by its prefetchers and memory channels: nothing that a table could tell.
 """
 
-import contextlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from statistics import median
 from time import perf_counter
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 
-from edgeq import blocks, memory
+from edgeq import blocks, cpus, memory
 from edgeq.blocks import BlockFormat
 from edgeq.kernels import cache, layout, load
 from edgeq.kernels.program import TEAM_KERNELS, Op, Program, Team, aligned, arguments
@@ -28,6 +28,7 @@ FORMAT, WIDE = "Q4_K", "Q8_0"  # of which the distances hold for all with fewer,
 COLS, ROWS = 2048, 5632  # one product: a small model's feed-forward matrix
 COUNTER = 128  # bytes between counters: cache lines of their own
 READ_BYTES = 1 << 27  # all products together: more than the caches of a core
+MOST = 1 << 20  # bytes or rows
 ROUNDS, SECONDS = 15, 0.5  # per parameter: at most so many, at most so long
 GAIN, OFTEN = 1.02, 0.8  # what a value must win by, and in how many of the rounds it must win
 Progress = Callable[[str, int, int], None]
@@ -77,9 +78,8 @@ def tuned(
     """
     name = f"tuning-{threads}"
     kept = None if again else cache.recall(name, isa)
-    if kept is not None:
-        with contextlib.suppress(TypeError, ValueError):
-            return Tuning(**{field: max(int(value), 0) for field, value in kept.items()})
+    if kept is not None and _sane(kept):
+        return Tuning(**kept)
     try:
         found = measure(isa, threads, cores, progress)
     except MemoryError:
@@ -89,20 +89,27 @@ def tuned(
     return found
 
 
+def _sane(kept: dict[str, Any]) -> bool:
+    """Whether a stored entry can be used: it may be of another version, or damaged."""
+    return set(kept) == set(asdict(Tuning())) and all(
+        type(value) is int and 0 <= value <= MOST for value in kept.values()
+    )
+
+
 def measure(isa: ModuleType, threads: int, cores: int, progress: Progress | None = None) -> Tuning:
     """Measure now, a second or two: first the prefetch distances, then the rows at a time."""
     names = [f"matvec/{name}" for name in (FORMAT, WIDE)]
     addresses = load([*names, *TEAM_KERNELS], isa, progress)
     if progress:
         progress("measuring this machine", 1, 1)
-    team = Team(isa, threads, cores)
+    team = Team(isa, threads, cores, home=cpus.find().home)
     best = Tuning()
     try:
         for fmt, parameters in (
             (FORMAT, {"ahead": AHEAD, "chunk": CHUNK}),
             (WIDE, {"ahead_wide": AHEAD}),
         ):
-            layer = _Layer(blocks.get(fmt), isa, threads, addresses, team)
+            layer = _Layer(blocks.get(fmt), threads, addresses, team)
             for name, values in parameters.items():
                 options = [best, *(replace(best, **{name: v}) for v in values)]
                 best = _fastest(layer, list(dict.fromkeys(options)))
@@ -134,7 +141,6 @@ class _Layer:
     def __init__(
         self,
         fmt: BlockFormat,
-        isa: ModuleType,
         threads: int,
         addresses: dict[str, int],
         team: Team,

@@ -119,9 +119,14 @@ def test_limits_are_positive_and_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     first = limits.measured(1, 2)
     assert first.read_gbs > 0.1
     assert first.dot_gmacs > 0.1
-    assert limits.measured(1, 2) == first  # read back, not measured again
-    assert limits.measured(1, 2, again=True) != first
-    for broken in ({}, {"threads": 1}, {"more": 1}):
-        kept["limits-1"] = broken
-        assert limits.measured(1, 2).threads == 1
-        assert kept["limits-1"]["read_gbs"] > 0.1
+    kept["limits-1"]["read_gbs"] = 1e6  # of a better moment
+    assert limits.measured(1, 2).read_gbs == kept["limits-1"]["read_gbs"] == 1e6
+    assert limits.measured(1, 2, again=True).read_gbs < 1e6
+    good = {"threads": 1, "read_gbs": 1e6, "dot_gmacs": 1e6}
+    wrong: list[dict[str, Any]] = [{"threads": 2}, {"read_gbs": 0}, {"dot_gmacs": "x"}, {"more": 1}]
+    for part in [*wrong, {"dot_gmacs": float("nan")}, {"read_gbs": float("inf")}]:
+        kept["limits-1"] = {**good, **part}
+        found = limits.measured(1, 2)
+        assert found.threads == 1
+        assert 0 < found.read_gbs < 1e6
+        assert 0 < found.dot_gmacs < 1e6

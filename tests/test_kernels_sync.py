@@ -14,7 +14,7 @@ from edgeq.kernels import cache as kernel_cache
 from edgeq.kernels import isa as isas
 from edgeq.kernels import layout, load
 from edgeq.kernels.llvm import I64, Emit, Value
-from edgeq.kernels.program import TEAM_KERNELS, Op, Program, Team
+from edgeq.kernels.program import TEAM_KERNELS, Op, Program, Team, aligned
 
 ISA = isas.choose(kit.BEST)
 WAIT = 30  # seconds until a hang is a failure
@@ -104,10 +104,19 @@ def kernels() -> dict[str, Callable[[int, int, int], None]]:
     return {k: kernel_cache.callable_at(v) for k, v in load(TEAM_KERNELS, ISA).items()}
 
 
+def of_three(team: Callable[..., Team]) -> Team:
+    """A team with room for three threads, of which only the caller's is there."""
+    group = team(1)
+    group.threads, few = 3, group.sync
+    group.sync = aligned(8 * (layout.SYNC_WORDS + 3 * layout.LINE)).view(np.int64)
+    group.sync[layout.WHERE :] = -1
+    group.sync[: len(few)] = few
+    return group
+
+
 def test_who_is_not_called_does_not_look_at_the_block(team: Callable[..., Team]) -> None:
     """The moment between two tasks: the next one's block is there, the number still the last's."""
-    group = team(1)
-    group.threads = 3  # nobody else is there: this test is thread 2
+    group = of_three(team)  # nobody else is there: this test is thread 2
     coming = Counted(group, 3, 1)
     sync = group.sync
     sync[layout.BLOCK] = coming.program._block.ctypes.data
@@ -127,8 +136,7 @@ def test_who_leaves_a_barrier_late_knows_whether_its_task_is_over(
     team: Callable[..., Team], cancelled: bool
 ) -> None:
     """Others may have passed barriers of later tasks before it looks."""
-    group = team(1)
-    group.threads = 3
+    group = of_three(team)
     chain = Counted(group, 3, 2)
     sync, block = group.sync, chain.program._block
     task = block[3] = (7 << layout.TASK_SHIFT) + 3

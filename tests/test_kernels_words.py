@@ -141,6 +141,17 @@ def test_bits_of_words(
     np.testing.assert_array_equal(out, [found << low for low in lows])
 
 
+@pytest.mark.skipif("avx512vnni" not in kit.EMITTED, reason="an instruction set of x86")
+def test_bits_of_words_without_gfni(
+    monkeypatch: pytest.MonkeyPatch, rng: np.random.Generator
+) -> None:
+    """AVX-512 VNNI before Ice Lake turns words instead."""
+    there = isas.host_features() - {"gfni"}
+    monkeypatch.setattr(isas, "host_features", lambda: there)
+    for shifts in ((0, 4), (0, 0, 4, 4), (6, 1, 0, 2)):
+        test_bits_of_words("avx512vnni", shifts, 64, rng)
+
+
 # -- halves ----------------------------------------------------------------------------------------
 def convert(isa: str, lanes: int, values: np.ndarray) -> np.ndarray:
     """f16 to f32 or back through the instruction set's word."""

@@ -66,6 +66,7 @@ def test_a_real_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
     found = tuning.measure(isas.choose(), 2, 2, lambda what, *_: said.append(what))
     assert found.ahead in AHEAD
     assert found.chunk in CHUNK
+    assert found.ahead_wide in AHEAD
     assert said[-1] == "measuring this machine"
 
 
@@ -73,7 +74,7 @@ def test_a_layer_passes_the_parameters_on(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(tuning, "READ_BYTES", 1)
     monkeypatch.setattr(tuning, "Program", MagicMock())
     for name, ahead in (("Q3_K", 123), ("Q8_0", 67), ("F16", 67)):
-        layer = tuning._Layer(blocks.get(name), isas.choose(), 1, {}, MagicMock())
+        layer = tuning._Layer(blocks.get(name), 1, {}, MagicMock())
         assert layer.seconds(Tuning(123, 45, 67)) >= 0
         words = dict(zip(layout.MATMUL, layer._args[0].tolist()))
         assert (words["ahead"], words["chunk"]) == (ahead, 45)
@@ -81,17 +82,27 @@ def test_a_layer_passes_the_parameters_on(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_what_was_found_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     kept: dict[str, Any] = {}
-    found = [Tuning(2048, 16), Tuning(0, 64), Tuning(0, 256)]
+    found = [Tuning(2048, 16), Tuning(0, 64)]
     monkeypatch.setattr(cache, "recall", lambda name, isa: kept.get(name))
     monkeypatch.setattr(cache, "remember", lambda name, isa, values: kept.update({name: values}))
     monkeypatch.setattr(tuning, "measure", lambda *_: found.pop(0))
     isa = isas.choose()
     assert [tuning.tuned(isa, 2, 2).ahead for _ in range(3)] == [2048] * 3
     assert tuning.tuned(isa, 2, 2, again=True) == Tuning(0, 64)
-    kept["tuning-2"] = {"ahead": "much", "chunk": 0}
-    assert tuning.tuned(isa, 2, 2) == Tuning(0, 256)
-    kept["tuning-2"] = {"ahead": -5, "chunk": 16}
-    assert tuning.tuned(isa, 2, 2) == Tuning(0, 16)
+
+
+@pytest.mark.parametrize("value", ["much", -5, float("inf"), 2**63 - 1, True, None, 0.5])
+def test_a_damaged_entry_is_measured_again(monkeypatch: pytest.MonkeyPatch, value: Any) -> None:
+    kept: list[dict[str, Any]] = [
+        {"ahead": 0, "chunk": value, "ahead_wide": 0},
+        {"ahead": 0, "chunk": 16},
+        {"ahead": 0, "chunk": 16, "ahead_wide": 0, "more": 1},
+    ]
+    monkeypatch.setattr(cache, "recall", lambda name, isa: kept.pop())
+    monkeypatch.setattr(cache, "remember", lambda *_: None)
+    monkeypatch.setattr(tuning, "measure", lambda *_: Tuning(0, 256))
+    while kept:
+        assert tuning.tuned(isas.choose(), 2, 2) == Tuning(0, 256)
 
 
 def test_no_memory_to_measure_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -119,6 +119,7 @@ def _rate(count: int, seconds: float) -> str:
 
 def loop(chat: Chat, read: Read) -> None:
     """Read, answer, repeat, until /bye or the end of input."""
+    note(f"context {chat.model.ctx} tokens, {_kv_cache(chat.model)}")
     note("/help lists the commands, Ctrl-C stops an answer, Ctrl-D leaves")
     while True:
         try:

@@ -69,6 +69,8 @@ def plain(fmt: BlockFormat) -> bool:
 
 def coding(fmt: BlockFormat, isa: ModuleType, *, tail: bool = False) -> Coding:
     """Steps of 256 weights; with `tail`, of a single block of 32."""
+    if plain(fmt) or ("m" in fmt.fields and fmt.fields["q"].bias):
+        raise KernelError(f"{fmt.name}: expected integer codes, with a minimum or a bias, not both")
     q = fmt.fields["q"]
     signed = q.type == "i8" or fmt.table is not None
     shift = isa.OFFSET if signed else 0

@@ -135,9 +135,6 @@ class Emit:
         """`llvm.<name>` on a float scalar or vector."""
         return self.call(f"llvm.{name}.{_suffix(v.type)}", v.type, [v])
 
-    def binary(self, name: str, a: Value, b: Value) -> Value:
-        return self.call(f"llvm.{name}.{_suffix(a.type)}", a.type, [a, b])
-
     def fma(self, a: Value, b: Value, c: Value) -> Value:
         return self.call(f"llvm.fma.{_suffix(a.type)}", a.type, [a, b, c])
 

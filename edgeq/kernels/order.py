@@ -10,6 +10,7 @@ interleaving of two loads, with a shift that is the same for each byte of a word
 from collections.abc import Sequence
 
 from edgeq.blocks import Run
+from edgeq.errors import KernelError
 from edgeq.kernels.codes import Coding, looked_up, place_of
 from edgeq.kernels.llvm import I8, I32, Emit, Value, vector
 
@@ -99,6 +100,8 @@ def _flags(
     e: Emit, c: Coding, run: Run, step: Value, both: list[list[Half]], i1: int, low: int
 ) -> Value:
     """The same for a bit per weight: the bytes with these bits are spread, then tested."""
+    if (run.bits, run.lanes) != (1, 1):
+        raise KernelError(f"{c.fmt.name}: a run of {run.bits} bits in {run.lanes} lanes")
     words = [
         (half, 2 * i1 + i0) for pair in zip(*both, strict=True) for i0 in (0, 1) for half in pair
     ]

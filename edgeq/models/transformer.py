@@ -34,7 +34,7 @@ PROMPT_QUERIES = 16
 
 class Transformer:
     """Buffers and ops of a model for up to `batch` tokens at once, and logits of up to `outputs` of
-    them.
+    them; for up to `threads` threads, of which `decoders` share the work of few tokens.
     """
 
     def __init__(
@@ -45,12 +45,13 @@ class Transformer:
         isa: ModuleType,
         *,
         threads: int,
+        decoders: int,
         batch: int,
         outputs: int,
         tuning: Tuning | None = None,
     ) -> None:
         self.arch, self.weights, self.kv, self.isa, self.threads = arch, weights, kv, isa, threads
-        self.tuning = tuning or Tuning()
+        self.tuning, self._decoders = tuning or Tuning(), decoders
         self.state = np.zeros(2, np.int64)  # tokens in this batch, position of the first
         self.out_state = np.zeros(2, np.int64)  # how many of the last tokens want logits
         self.ids = np.zeros(batch, np.int32)
@@ -261,7 +262,7 @@ class Transformer:
             scratch_bytes=self._scratch_bytes,
             group=self._panels(m),
             ahead=self.tuning.distance(m.format),
-            chunk=self.tuning.turn(m.rows, self.threads),
+            chunk=self.tuning.turn(m.rows, self._decoders),
             taken=_address(self._taken) + next(self._counters),
             private=given.private,
         )

@@ -49,6 +49,7 @@ class Bench:
         self.isa, self.threads = isas.choose(), threads
         self.team = Team(self.isa, threads, cpus.find().usable)
         self.kept: list[np.ndarray] = []
+        self.counters: list[np.ndarray] = []  # of the work that is taken
 
     def seconds(self, name: str, fmt: blocks.BlockFormat, nbytes: int, again: int = 1) -> float:
         """Median time of one product of a matrix of so many bytes; the best, if it is repeated to
@@ -59,15 +60,15 @@ class Bench:
         ops = [self._op(name, fmt, w, columns) for _ in range(again)]
         found = kernels.load([ops[0].kernel, *TEAM_KERNELS], self.isa)
         program = Program(ops, found, self.team, self.threads)
-        counters = [self.kept[i] for i in range(len(self.kept)) if len(self.kept[i]) == 64]
         times = []
         for _ in range(REPEATS):
-            for counter in counters:
+            for counter in self.counters:
                 counter.fill(0)
             start = perf_counter()
             program.run()
             times.append((perf_counter() - start) / again)
         self.kept.clear()
+        self.counters.clear()
         return median(times) if again == 1 else min(times)
 
     def _op(self, name: str, fmt: blocks.BlockFormat, w: np.ndarray, tokens: int) -> Op:
@@ -77,7 +78,7 @@ class Bench:
         panel = layout.panel_bytes(COLS, fmt.group, lanes, plain)
         size = layout.matmul_scratch(panel, lanes, isa.TILE_COLS) + layout.MATVEC_SCRATCH
         sizes = {"state": 16, "x": 4 * columns * COLS, "xd": columns * COLS // 8}
-        sizes |= {"xs": columns * COLS // 4, "out": 4 * columns * rows, "taken": 64}
+        sizes |= {"xs": columns * COLS // 4, "out": 4 * columns * rows, "taken": 128}
         sizes |= {"scratch": self.threads * (-(-size // 64) * 64)}
         buffers = {key: aligned(max(nbytes, 1)) for key, nbytes in sizes.items()}
         buffers["state"].view(np.int64)[0] = tokens
@@ -90,6 +91,7 @@ class Bench:
         }
         numbers |= {"chunk": Tuning().turn(rows, self.threads)}
         self.kept.extend([w, *buffers.values()])
+        self.counters.append(buffers["taken"])
         return Op(f"{name}/{fmt.name}", arguments(layout.MATMUL, **numbers))
 
 

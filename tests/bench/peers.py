@@ -1,6 +1,6 @@
 """Speed beside llama.cpp on the same files, threads and machine.
 
-    python tests/bench/peers.py MODEL.gguf... --peer-python PYTHON [--threads 2] [--rounds 5]
+    python tests/bench/peers.py MODEL.gguf... --peer-python PYTHON [--rounds 5]
 
 PYTHON is an interpreter with llama-cpp-python, compiled for this CPU (`pip install
 llama-cpp-python`). Each engine loads the file once, in a process of its own that sleeps while
@@ -29,10 +29,10 @@ ENGINES = ("edgeq", "llama", "llama+fa")
 class Edgeq:
     """Our engine; like Llama, it evaluates ids after the first `depth` ones of its cache."""
 
-    def __init__(self, path: str, threads: int, context: int) -> None:
+    def __init__(self, path: str, threads: int, context: int, kv: str) -> None:
         import edgeq
 
-        self.model = edgeq.load(path, threads=threads, ctx=context)
+        self.model = edgeq.load(path, threads=threads, ctx=context, kv=kv)
         self.facts = {
             "macs": self.model.macs_per_token,
             "bytes": self.model.bytes_per_token,
@@ -76,7 +76,7 @@ def work(engine: str, path: str, args: argparse.Namespace) -> None:
     """Answer each line "pp" or "tg" on stdin with a line of JSON on stdout."""
     context = args.depth + max(args.prompt, args.gen) + 16
     if engine == "edgeq":
-        model: Edgeq | Llama = Edgeq(path, args.threads, context)
+        model: Edgeq | Llama = Edgeq(path, args.threads, context, args.kv)
     else:
         model = Llama(path, args.threads, context, engine.endswith("+fa"))
     ids = [300 + 7 * i % 30000 for i in range(context)]
@@ -115,7 +115,9 @@ class Worker:
         env = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
         if not ours:
             env.pop("PYTHONPATH")
-        flags = [f"--{key}={getattr(args, key)}" for key in ("threads", "prompt", "gen", "depth")]
+        flags = [
+            f"--{key}={getattr(args, key)}" for key in ("threads", "prompt", "gen", "depth", "kv")
+        ]
         python = sys.executable if ours else args.peer_python
         self.process = subprocess.Popen(
             [python, __file__, path, "--worker", engine, *flags],
@@ -225,11 +227,12 @@ def main() -> None:
     parser.add_argument("models", nargs="+")
     parser.add_argument("--peer-python", help="interpreter with llama-cpp-python")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, help="of all engines [one per performance core]")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--prompt", type=int, default=512)
     parser.add_argument("--gen", type=int, default=64)
     parser.add_argument("--depth", type=int, default=0, help="tokens in the cache before")
+    parser.add_argument("--kv", default="f16", help="type of edgeq's KV cache")
     parser.add_argument("--isa", help="instruction set for edgeq, such as avx2")
     parser.add_argument("--json", action="store_true", help="all figures, one model per line")
     args = parser.parse_args()
@@ -240,6 +243,10 @@ def main() -> None:
         parser.error("--peer-python: expected an interpreter with llama-cpp-python")
     if args.isa:
         os.environ["EDGEQ_ISA"] = args.isa  # also for the limits
+    if not args.threads:
+        from edgeq import cpus
+
+        args.threads = cpus.find().threads
     if not args.json:
         print(head(args), flush=True)
     for model in args.models:
