@@ -1,7 +1,7 @@
 """What this machine can do at most: bytes read from memory and integer products per second.
 
-Measured once per machine, instruction set and thread count by kernels of our own, and kept beside
-the compiled kernels. `edgeq bench` shows speeds as a share of them.
+Measured by kernels of our own; the best per machine, instruction set and thread count is kept
+beside the compiled kernels. `edgeq bench` shows speeds as a share of them.
 """
 
 import math

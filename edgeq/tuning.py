@@ -26,7 +26,6 @@ CHUNK = (0, 16, 64, 256)  # rows
 TURNS = 8  # so many that nobody waits long for the last, so few that taking them costs nothing
 FORMAT, WIDE = "Q4_K", "Q8_0"  # of which the distances hold for all with fewer, or no fewer bits
 COLS, ROWS = 2048, 5632  # one product: a small model's feed-forward matrix
-COUNTER = 128  # bytes between counters: cache lines of their own
 READ_BYTES = 1 << 27  # all products together: more than the caches of a core
 MOST = 1 << 20  # bytes or rows
 ROUNDS, SECONDS = 15, 0.5  # per parameter: at most so many, at most so long
@@ -149,7 +148,7 @@ class _Layer:
         count = max(min(READ_BYTES, memory.available() // 4) // size, 1)
         sizes = {"x": COLS, "xd": COLS // 8, "xs": COLS // 4, "out": 4 * ROWS}
         sizes |= {"state": 16, "scratch": threads * layout.MATVEC_SCRATCH, "w": count * size}
-        sizes |= {"taken": count * COUNTER}
+        sizes |= {"taken": count * layout.COUNTER}
         self._memory = {name: aligned(nbytes) for name, nbytes in sizes.items()}
         self._memory["w"][:] = 1  # pages that were never written are all the same one
         self._memory["state"].view(np.int64)[0] = 1
@@ -160,7 +159,11 @@ class _Layer:
         first, taken = places.pop("w"), places.pop("taken")
         self._args = [
             arguments(
-                layout.MATMUL, **places, **numbers, w=first + i * size, taken=taken + i * COUNTER
+                layout.MATMUL,
+                **places,
+                **numbers,
+                w=first + i * size,
+                taken=taken + i * layout.COUNTER,
             )
             for i in range(count)
         ]

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from edgeq.cli._options import kv_options
 from edgeq.cli._terminal import Status, human, is_terminal, note
 
 if TYPE_CHECKING:
@@ -18,8 +19,6 @@ if TYPE_CHECKING:
 
 MOST = 1000  # values of one range
 _RANGE = re.compile(r"(\d+)(?:-(\d+)(?:([+*])(\d+))?)?")
-
-_KV = "f16, bf16, f32, q8_0 or q4_0: type of cached"
 
 
 def _counts(ctx: click.Context, param: click.Parameter, texts: tuple[str, ...]) -> list[int]:
@@ -69,8 +68,7 @@ def _list_option(*flags: str, text: str) -> Callable[[Any], Any]:
 )
 @click.option("--limits", is_flag=True, help="Show what the machine can do at most, without MODEL.")
 @click.option("--tune", is_flag=True, help="Find anew what suits this machine's memory best.")
-@click.option("-ctk", "--cache-type-k", default="f16", metavar="TYPE", help=f"{_KV} keys. [f16]")
-@click.option("-ctv", "--cache-type-v", default="f16", metavar="TYPE", help=f"{_KV} values. [f16]")
+@kv_options
 @click.option(
     "-o",
     "--output",

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from edgeq.cli import _chat
+from edgeq.cli._options import kv_options
 from edgeq.cli._terminal import Status, is_terminal, note
 from edgeq.errors import RequestError
 
@@ -16,7 +17,6 @@ if TYPE_CHECKING:
 
 _FILE = click.Path(exists=True, dir_okay=False)
 _THREADS = click.IntRange(1, 256)
-_KV = "f16, bf16, f32, q8_0 or q4_0: type of cached"
 
 # The flags of llama.cpp. None means: what the model's file says, else llama.cpp's default.
 _SAMPLING: list[tuple[list[str], type, str]] = [
@@ -66,8 +66,7 @@ def _sampling_options(function: Any) -> Any:
 @click.option("--chat-template-file", type=_FILE, help="Jinja chat template to use instead.")
 @click.option("--draft-ngram", is_flag=True, help="Guess from repeated text: same answer, sooner.")
 @click.option("--raw", is_flag=True, help="Continue the text as it is: no chat template.")
-@click.option("-ctk", "--cache-type-k", default="f16", metavar="TYPE", help=f"{_KV} keys. [f16]")
-@click.option("-ctv", "--cache-type-v", default="f16", metavar="TYPE", help=f"{_KV} values. [f16]")
+@kv_options
 def command(
     model: str | None,
     prompt: str | None,

@@ -17,7 +17,7 @@ from edgeq.kernels.cached import (
 )
 from edgeq.kernels.layout import KEYS, KV_BITS, TILE_KEYS, kv_blocks
 from edgeq.kernels.llvm import F16, F32, I8, I32, Emit, Value, vector
-from edgeq.kernels.rows import each
+from edgeq.kernels.rows import each, sum_of
 
 __all__ = ["float_rows", "score_keys", "store_key", "store_query", "turn_queries"]
 
@@ -77,11 +77,7 @@ def store_query(
         q = rounded(e, parts, inverse, -127, 127)
         e.store(bytes_of(e, q), codes, e.b.mul(g, e.i64(BLOCK)))
         e.store(e.b.fmul(peak, F32(1 / 127)), d, e.b.mul(g, e.i64(4)))
-        total = e.b.add(*q)
-        while total.type.count > 1:
-            half = total.type.count // 2
-            total = e.b.add(e.pick(total, range(half)), e.pick(total, range(half, 2 * half)))
-        e.store(e.b.mul(e.lane(total, 0), I32(-offset)), start, e.b.mul(g, e.i64(4)))
+        e.store(e.b.mul(sum_of(e, e.b.add(*q)), I32(-offset)), start, e.b.mul(g, e.i64(4)))
 
     each_block(e, row, n, block)
 

@@ -11,6 +11,7 @@ ARRIVED, GENERATION, TASK, BLOCK, YIELD, CPU, WALK, STOP, CANCEL, HALT, WHERE = 
 SYNC_WORDS = WHERE  # and from there on, one line per thread: the CPU it was last seen on
 WORDS_PER_OP = 3  # kernel address, argument block, 1 if a barrier follows
 BLOCK_WORDS = 5  # program block: address of the ops, their count, sync block, task, barrier spins
+COUNTER = 8 * LINE  # bytes from one counter of work to the next
 TASK_SHIFT = 9  # a task number: a count, and below it how many threads (1..256) the task is for
 
 TILE_KEYS = 32  # keys side by side in the K cache

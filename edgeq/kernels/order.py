@@ -114,7 +114,7 @@ def _flags(
         source += [4 * blocks.index(block) + byte - run.at] * 4
         wanted += [1 << (shift + k) for k in range(4)]
     spread = e.pick(e.b.bitcast(loaded, vector(I8, 4 * len(blocks))), source)
-    found = e.b.and_(spread, e.const(I8, [(bit + 128) % 256 - 128 for bit in wanted]))
+    found = e.b.and_(spread, e.const(I8, wanted))
     zero = e.fill(I8, len(wanted), 0)
     return e.b.select(e.b.icmp_unsigned("!=", found, zero), e.fill(I8, len(wanted), 1 << low), zero)
 

@@ -11,7 +11,15 @@ from edgeq.kernels.dot import floats_at
 from edgeq.kernels.llvm import F32, I8, I32, Emit, Value, vector
 from edgeq.kernels.order import part_offset, word_offset
 
-__all__ = ["decode_row", "normalize", "quantize_row", "silu_gate", "softmax_row", "sum_squares"]
+__all__ = [
+    "decode_row",
+    "normalize",
+    "quantize_row",
+    "silu_gate",
+    "softmax_row",
+    "sum_of",
+    "sum_squares",
+]
 
 
 def each(e: Emit, count: Value, body: Callable[[Value, int], None]) -> None:
@@ -205,7 +213,7 @@ def quantize_row(e: Emit, x: Value, groups: Value, out: Sequence[Value], *, colu
         codes, scale = _quantize32(e, [e.load(vector(F32, 16), start, 64 * k) for k in (0, 1)])
         _store_words(e, codes, words, offsets)
         e.store(scale, e.at(d, e.b.mul(i, e.i64(4 * columns))))
-        halves = [_sum_of(e, v) for v in codes]
+        halves = [sum_of(e, v) for v in codes]
         parts = [halves, [e.b.add(*halves)]] * 2
         for k, (place, totals) in enumerate(zip(sums, parts, strict=True)):
             for n, total in enumerate(totals):
@@ -247,7 +255,7 @@ def _quantize32(e: Emit, parts: list[Value]) -> tuple[list[Value], Value]:
     return [e.b.sub(w, base) for w in words], scale
 
 
-def _sum_of(e: Emit, v: Value) -> Value:
+def sum_of(e: Emit, v: Value) -> Value:
     """i32 sum of lanes."""
     while v.type.count > 1:
         half = v.type.count // 2

@@ -27,7 +27,6 @@ __all__ = ["FEW", "Transformer"]
 
 FEW = 7  # up to so many tokens weights are streamed row by row; above, panels are unpacked
 PANEL_BYTES = 192 * 1024  # unpacked panels that a thread keeps in its L2 cache
-COUNTER = 128  # bytes of a counter, on cache lines of its own
 DECODE_QUERIES = (1, 2, 4, 8)  # widths of the attention tile
 PROMPT_QUERIES = 16
 
@@ -79,8 +78,8 @@ class Transformer:
         widest = max(a.embedding_length, q, a.feed_forward_length)
         self._shared = Inputs(rows, widest)
         self._own = Inputs(min(FEW, batch), max(a.embedding_length, q), self.threads)
-        self._taken = aligned(2 * COUNTER * len(self.weights.matrices)).view(np.int64)
-        self._counters = cycle(range(0, self._taken.nbytes, COUNTER))
+        self._taken = aligned(2 * layout.COUNTER * len(self.weights.matrices)).view(np.int64)
+        self._counters = cycle(range(0, self._taken.nbytes, layout.COUNTER))
         self._bytes: dict[str, np.ndarray] = {}
         floats = {
             "x": batch * a.embedding_length,

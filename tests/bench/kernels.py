@@ -79,7 +79,7 @@ class Bench:
         panel = layout.panel_bytes(COLS, fmt.group, lanes, plain)
         size = layout.matmul_scratch(panel, lanes, isa.TILE_COLS) + layout.MATVEC_SCRATCH
         sizes = {"state": 16, "x": 4 * columns * COLS, "xd": columns * COLS // 8}
-        sizes |= {"xs": columns * COLS // 4, "out": 4 * columns * rows, "taken": 128}
+        sizes |= {"xs": columns * COLS // 4, "out": 4 * columns * rows, "taken": layout.COUNTER}
         sizes |= {"scratch": self.threads * (-(-size // 64) * 64)}
         buffers = {key: aligned(max(nbytes, 1)) for key, nbytes in sizes.items()}
         buffers["state"].view(np.int64)[0] = tokens
