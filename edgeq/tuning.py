@@ -52,14 +52,15 @@ class Tuning:
         """
         return self.ahead_wide if fmt.bytes >= fmt.block else self.ahead
 
-    def turn(self, rows: int, threads: int) -> int:
-        """Rows of a matrix of `rows` that each of `threads` threads takes at a time.
+    def turn(self, rows: int, threads: int, step: int = layout.ROWS_AT_ONCE) -> int:
+        """Rows of a matrix of `rows` that each of `threads` threads takes at a time: a multiple of
+        `step`.
 
-        >>> Tuning().turn(2048, 2), Tuning(chunk=64).turn(2048, 2)
-        (128, 64)
+        >>> Tuning().turn(2048, 2), Tuning(chunk=64).turn(2048, 2), Tuning(chunk=16).turn(9, 2, 32)
+        (128, 64, 32)
         """
-        step = layout.ROWS_AT_ONCE
-        return self.chunk or max(rows // (TURNS * threads * step), 1) * step
+        wanted = self.chunk or rows // (TURNS * threads)
+        return max(wanted // step, 1) * step
 
 
 def tuned(

@@ -228,7 +228,7 @@ def prepare(
         h = parts["h"].reshape(tokens, cols) if mode else source
         np.testing.assert_allclose(h, expected, rtol=2e-6, atol=1e-30)
         if quantized:
-            _check_codes(h, columns, parts)
+            check_codes(h, columns, parts)
 
 
 def _rows(x: np.ndarray, tokens: int, stride: int, cols: int) -> np.ndarray:
@@ -236,7 +236,7 @@ def _rows(x: np.ndarray, tokens: int, stride: int, cols: int) -> np.ndarray:
     return np.array([x[t * stride : t * stride + cols] for t in range(tokens)])
 
 
-def _check_codes(h: np.ndarray, columns: int, parts: dict[str, np.ndarray]) -> None:
+def check_codes(h: np.ndarray, columns: int, parts: dict[str, np.ndarray]) -> None:
     q, d = parts["q"].view(np.int8), parts["d"]
     tokens, expected = len(h), kit.quantize(h)
     wanted = kit.in_order(expected.q) if columns == 1 else expected.q

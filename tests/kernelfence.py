@@ -1,4 +1,4 @@
-"""Runs cases of kernelcases.py and emitcases.py beside a forbidden page, in a child of their own.
+"""Runs cases of kernelcases.py and its like beside a forbidden page, in a child of their own.
 
 As a program it reads lines of cases [function, args, options] and answers each line with a line of
 JSON: null, or which case went wrong and how (a signal, or an exception). Each case runs twice, with
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import emitcases
+import gatedcases
 import kernelcases
 import kernelkit as kit
 
@@ -72,7 +73,7 @@ def run(cases: list[Case], writer: int) -> None:
     try:
         for edge, (function, args, options) in itertools.product(("end", "front"), cases):
             os.write(writer, f"\0{edge}: {function} {args} {options}\n".encode())
-            home = kernelcases if hasattr(kernelcases, function) else emitcases
+            home = next(m for m in (kernelcases, emitcases, gatedcases) if hasattr(m, function))
             place = functools.partial(kit.fenced, front=edge == "front")
             getattr(home, function)(*args, **options, place=place)
     except BaseException:

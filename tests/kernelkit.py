@@ -40,6 +40,7 @@ def formats_of(isa: str) -> list[str]:
     return FORMATS if isa == BEST else FAMILIES
 
 
+GATED = [("Q4_K", "Q4_K"), ("Q3_K", "Q6_K"), ("F16", "F16")]  # formats of the fused gate
 Place = Callable[[np.ndarray], np.ndarray]  # copy of an array at a place of one's choice
 
 
@@ -121,7 +122,8 @@ def kernel_names(isa: ModuleType) -> list[str]:
         f"{op}/{fmt}" for op in ("matvec", "matmul", "embed") for fmt in formats_of(isa.NAME)
     ]
     prepare = [f"prepare/{columns}" for columns in (1, isa.TILE_COLS)]
-    return [*by_format, *prepare, *attention_names(isa.NAME), "gather"]
+    gated = [f"gated/{'.'.join(pair)}" for pair in GATED]
+    return [*by_format, *prepare, *gated, *attention_names(isa.NAME), "gather"]
 
 
 def attention_names(isa: str) -> list[str]:

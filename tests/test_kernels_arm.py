@@ -130,10 +130,10 @@ def test_row_functions(cpu: str) -> None:
     def gate(e: Emit, g: Value, up: Value, out: Value, n: Value) -> None:
         rows.silu_gate(e, e.pointer(g), e.pointer(up), e.pointer(out), n)
 
-    def quantize(e: Emit, x: Value, groups: Value, *out: Value) -> None:
-        rows.quantize_row(e, e.pointer(x), groups, [*map(e.pointer, out)], columns=8)
+    def quantize(e: Emit, x: Value, *v: Value) -> None:
+        rows.quantize_row(e, e.pointer(x), v[:3], [*map(e.pointer, v[3:])], columns=8)
 
-    for emit, arguments in ((softmax, "iii"), (gate, "iiii"), (quantize, "iiiiiiii")):
+    for emit, arguments in ((softmax, "iii"), (gate, "iiii"), (quantize, "i" * 10)):
         assert not mnemonics(assembly(emit, arguments, cpu)) & {"bl", "blr"}
 
 

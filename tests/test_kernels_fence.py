@@ -74,6 +74,17 @@ def test_products(check: Check, isa: str, name: str) -> None:
         check([case("product", op, isa, name, **shape, **more) for shape in shapes])
 
 
+@each_isa
+def test_gated(check: Check, isa: str) -> None:
+    kit.kernel("gated/Q4_K.Q4_K", isa)
+    cases = [
+        case("gated", isa, "Q4_K", "Q4_K", tokens=tokens, rows=rows, cols=256, threads=2)
+        for tokens, rows in ((1, 32), (1, 288), (4, 96))
+    ]
+    floats = {"tokens": 2, "rows": 37, "cols": 31, "quantized": False}
+    check([*cases, case("gated", isa, "F16", "F16", **floats)])
+
+
 @by_format
 def test_embed(check: Check, isa: str, name: str) -> None:
     kit.kernel(f"embed/{name}", isa)

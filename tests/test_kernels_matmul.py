@@ -1,6 +1,7 @@
 """Matrix products: the emitted panels and tiles of every format, and whole kernels."""
 
 import emitcases
+import gatedcases
 import kernelcases as cases
 import kernelkit as kit
 import pytest
@@ -58,3 +59,26 @@ def test_few_and_many_columns_agree(isa: str) -> None:
     """Both paths are within rounding of the same float64 product, with a thread per row or none."""
     for op in ("matvec", "matmul"):
         cases.product(op, isa, "Q4_K", rows=67, cols=256, tokens=8, threads=96, bias=True)
+
+
+@pytest.mark.parametrize("formats", kit.GATED, ids=".".join)
+@pytest.mark.parametrize("isa", kit.ISAS)
+def test_gated(isa: str, formats: tuple[str, str]) -> None:
+    """Chunks that end within a step of 256, more threads than chunks, a tail of smaller steps."""
+    for tokens, rows, threads, chunk in (
+        (1, 256, 1, 32),
+        (1, 320, 2, 96),
+        (3, 96, 5, 32),
+        (4, 544, 3, 64),
+        (7, 288, 2, 1024),
+    ):
+        shape = {"tokens": tokens, "rows": rows, "threads": threads, "chunk": chunk, "cols": 512}
+        gatedcases.gated(isa, *formats, **shape)
+
+
+@pytest.mark.parametrize("isa", kit.ISAS)
+def test_gated_for_a_reader_of_floats(isa: str) -> None:
+    """Rows need not be whole groups of 32."""
+    for tokens, rows in ((1, 100), (2, 31), (5, 33)):
+        shape = {"rows": rows, "cols": 100, "tokens": tokens, "threads": 2}
+        gatedcases.gated(isa, "F16", "F16", **shape, quantized=False)

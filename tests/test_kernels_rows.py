@@ -19,15 +19,17 @@ each_isa = pytest.mark.parametrize("isa", kit.EMITTED)
 
 @cache
 def function(isa: str, name: str, arguments: str, result: bool = False) -> Callable[..., Any]:
-    """rows.<name> with its addresses as pointers; what counts is the last but for softmax."""
-    counts = {"softmax_row": 1, "quantize_row": 1}.get(name, len(arguments) - 1)
+    """rows.<name> with its addresses as pointers; what counts is the last but for softmax, and the
+    second to fourth of quantize_row.
+    """
+    counts = {"softmax_row": [1], "quantize_row": [1, 2, 3]}.get(name, [len(arguments) - 1])
 
     def emit(e: Emit, *values: Value) -> Value:
         pointers = [
-            v if k == counts or v.type == F32 else e.pointer(v) for k, v in enumerate(values)
+            v if k in counts or v.type == F32 else e.pointer(v) for k, v in enumerate(values)
         ]
         if name == "quantize_row":
-            return rows.quantize_row(e, *pointers[:2], pointers[2:], columns=1)
+            return rows.quantize_row(e, pointers[0], pointers[1:4], pointers[4:], columns=1)
         return getattr(rows, name)(e, *pointers)
 
     return kit.native(emit, arguments, isa, result=result)
@@ -160,7 +162,10 @@ def quantize(isa: str, x: np.ndarray) -> tuple[np.ndarray, ...]:
     n = len(x)
     out = np.zeros(n, np.int8), *(np.zeros(n // k, np.float32) for k in (32, 16, 32))
     ints = [np.zeros(n // k, np.int32) for k in (16, 32)]
-    function(isa, "quantize_row", "iiiiiiii")(x, n // 32, *out, *ints)
+    for low in range(0, n // 32, 3):  # in pieces that start anywhere within a step of 256
+        high, whole = min(low + 3, n // 32), n // 256 * 8
+        span = low, max(low, min(whole, high)), high
+        function(isa, "quantize_row", "i" * 10)(x, *span, *out, *ints)
     out[0][kit.in_order(np.arange(n)[None])[0]] = out[0].copy()
     if np.isfinite(x).all():
         for counts, group in zip(ints, (16, 32), strict=True):

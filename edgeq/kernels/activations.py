@@ -14,7 +14,7 @@ from edgeq.kernels.llvm import Emit, Value
 from edgeq.kernels.rows import decode_row, normalize, quantize_row, silu_gate, sum_squares
 from edgeq.kernels.words import emitted, f32_at, f32_set, i32_at, load, smaller
 
-__all__ = ["embed", "gather", "prepare"]
+__all__ = ["embed", "gather", "prepare", "prepare_part"]
 
 
 def embed(isa: ModuleType, fmt: BlockFormat) -> Any:
@@ -63,14 +63,14 @@ def _row_functions(isa: ModuleType, columns: int) -> tuple[Any, ...]:
     def gate(e: Emit, g: Value, up: Value, out: Value, n: Value) -> None:
         silu_gate(e, e.pointer(g), e.pointer(up), e.pointer(out), n)
 
-    def quantize(e: Emit, x: Value, groups: Value, *out: Value) -> None:
-        quantize_row(e, e.pointer(x), groups, [e.pointer(p) for p in out], columns=columns)
+    def quantize(e: Emit, x: Value, *v: Value) -> None:
+        quantize_row(e, e.pointer(x), v[:3], [e.pointer(p) for p in v[3:]], columns=columns)
 
     return (
         emitted(isa, squares, "ii", result=True),
         emitted(isa, norm, "iifii"),
         emitted(isa, gate, "iiii"),
-        emitted(isa, quantize, "iiiiiiii"),
+        emitted(isa, quantize, "i" * 10),
     )
 
 
@@ -80,50 +80,68 @@ def prepare(isa: ModuleType, columns: int) -> Any:
     Many tokens are split by token, few by position in the row. Where each thread gets a copy of its
     own (`private`) it does everything: for a norm that costs less than waiting for each other.
     """
-
-    square_sum, norm, gate, quantize = _row_functions(isa, columns)
+    part = prepare_part(isa, columns)
 
     def kernel(args, thread, threads):
-        tokens, cols, mode = load(load(args, STATE), 0), load(args, COLS), load(args, MODE)
+        tokens, groups = load(load(args, STATE), 0), (load(args, COLS) + 31) // 32
         own = load(args, PRIVATE) * thread
         if load(args, PRIVATE) != 0:
             thread, threads = 0, 1
-        by_token = tokens >= threads
-        first = tokens * thread // threads if by_token else 0
-        last = tokens * (thread + 1) // threads if by_token else tokens
-        groups = (cols + 31) // 32
-        # Whole steps of eight groups: rows have an order of their own within one.
-        low = 0 if by_token else (groups + 7) // 8 * thread // threads * 8
-        high = groups if by_token else (groups + 7) // 8 * (thread + 1) // threads * 8
-        high = smaller(high, groups)
+        if tokens >= threads:
+            first, last = tokens * thread // threads, tokens * (thread + 1) // threads
+            part(args, own, first, last, 0, groups)
+        else:
+            low, high = groups * thread // threads, groups * (thread + 1) // threads
+            part(args, own, 0, tokens, low, high)
+
+    return kernel
+
+
+def prepare_part(isa: ModuleType, columns: int) -> Any:
+    """Numba function: the groups of 32 from `low` until `high` of the tokens from `first` until
+    `last`; the copy to write is `own` bytes behind the first.
+    """
+    from numba import njit
+
+    square_sum, norm, gate, quantize = _row_functions(isa, columns)
+
+    @njit(nogil=True, error_model="numpy", forceinline=True)
+    def part(args, own, first, last, low, high):
+        cols, mode = load(args, COLS), load(args, MODE)
         start, n = low * 32, smaller(high * 32, cols) - low * 32
         if n <= 0:
             return
+        # Rows have an order of their own within whole steps of eight groups.
+        middle = smaller(cols // 256 * 8, high) if columns == 1 else low
+        middle = low if middle < low else middle
         for t in range(first, last):
             source = load(args, X) + t * load(args, X_STRIDE) * 4
-            row = load(args, H) + own + (t * cols + start) * 4
+            row = load(args, H) + own + t * cols * 4
+            at = start * 4
             if mode == 1:
                 mean = square_sum(source, cols) / cols
                 scale = types.float32(1 / math.sqrt(mean + f32_at(args, 2 * EPS)))
-                norm(source + start * 4, load(args, WEIGHT) + start * 4, scale, row, n)
+                norm(source + at, load(args, WEIGHT) + at, scale, row + at, n)
             elif mode == 2:
                 up = load(args, WEIGHT) + t * load(args, X_STRIDE) * 4
-                gate(source + start * 4, up + start * 4, row, n)
+                gate(source + at, up + at, row + at, n)
             else:
-                row = source + start * 4
+                row = source
             if load(args, Q) != 0:
-                tile, column = t // columns, t % columns
-                g = tile * (cols // 32) * columns
-                one, two = g + low * columns + column, 2 * g + 2 * low * columns + column
+                column = t % columns
+                g = t // columns * (cols // 32) * columns
+                one, two = own + (g + column) * 4, own + (2 * g + column) * 4
                 quantize(
                     row,
-                    high - low,
-                    load(args, Q) + own + (g * 32 + low * 32 * columns + column * 4),
-                    load(args, D) + own + one * 4,
-                    load(args, SUMS16) + own + two * 4,
-                    load(args, SUMS32) + own + one * 4,
-                    load(args, INTS16) + own + two * 4,
-                    load(args, INTS32) + own + one * 4,
+                    low,
+                    middle,
+                    high,
+                    load(args, Q) + own + g * 32 + column * 4,
+                    load(args, D) + one,
+                    load(args, SUMS16) + two,
+                    load(args, SUMS32) + one,
+                    load(args, INTS16) + two,
+                    load(args, INTS32) + one,
                 )
 
-    return kernel
+    return part

@@ -22,9 +22,14 @@ __all__ = ["body", "compile_kernel"]
 
 
 def body(name: str, isa: ModuleType) -> Any:
-    """The Python body of a kernel: its name is an op, or op/format, or op/number, or op/types."""
+    """The Python body of a kernel: its name is an op, or op/formats, or op/number, or op/types."""
     op, _, variant = name.partition("/")
-    by_format = {"matvec": matmul.matvec, "matmul": matmul.matmul, "embed": activations.embed}
+    by_formats: dict[str, Any] = {
+        "matvec": matmul.matvec,
+        "matmul": matmul.matmul,
+        "gated": matmul.gated,
+        "embed": activations.embed,
+    }
     by_number = {"prepare": activations.prepare}
     by_types: dict[str, Any] = {
         "attend": attention.attend,
@@ -38,8 +43,8 @@ def body(name: str, isa: ModuleType) -> Any:
         "probe_read": probe.probe_read,
         "probe_dot": probe.probe_dot,
     }
-    if op in by_format:
-        return by_format[op](isa, blocks.get(variant))
+    if op in by_formats:
+        return by_formats[op](isa, *map(blocks.get, variant.split(".")))
     if op in by_number:
         return by_number[op](isa, int(variant))
     if op in by_types:

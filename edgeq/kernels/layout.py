@@ -65,6 +65,10 @@ MATMUL = (
     "scratch", "scratch_bytes", "group", "ahead", "chunk", "taken", "private",
 )  # fmt: skip
 
+# Addresses of argument blocks: MATMUL of the gate and of the matrix beside it, whose `chunk` is a
+# multiple of 32, and PREPARE of what they give, with mode 2
+GATED = ("gate", "up", "prepare")
+
 # q, k, v f32[tokens][heads][head_dim]; cos, sin f32[tokens][pairs]; a pair is (i·step, i·step +
 # gap); q_norm, k_norm: 0 or f32[head_dim]; scale multiplies q. k_turn (also for q) and v_turn: size
 # of the blocks of a head that a Hadamard matrix turns, 1 = none. Caches of one layer: see `kv_wide`

@@ -4,6 +4,7 @@ from types import ModuleType
 from typing import Any
 
 from edgeq.blocks import BlockFormat
+from edgeq.kernels.activations import prepare_part
 from edgeq.kernels.codes import plain
 from edgeq.kernels.dot import Column, Reader, row_dots
 from edgeq.kernels.layout import COLUMNS, MATMUL, ROWS_AT_ONCE
@@ -13,7 +14,7 @@ from edgeq.kernels.rows import each
 from edgeq.kernels.tile import float_panel, float_tile, quant_tile
 from edgeq.kernels.words import add_at, emitted, load, smaller
 
-__all__ = ["matmul", "matvec"]
+__all__ = ["gated", "matmul", "matvec"]
 
 ALONE = 3  # fewer than so many are faster one by one
 
@@ -27,37 +28,69 @@ def matvec(isa: ModuleType, fmt: BlockFormat) -> Any:
     """Few columns: a thread takes a chunk of rows after the other and streams them once,
     ROWS_AT_ONCE for up to COLUMNS columns; further columns find them in L2.
     """
-    one, several, write = _dots(isa, fmt, 1), _dots(isa, fmt, COLUMNS), _writer(isa)
+    stream = _stream(isa, fmt)
 
     def kernel(args, thread, threads):
+        rows, chunk = load(args, ROWS), load(args, CHUNK)
+        r = add_at(load(args, TAKEN), 0, chunk)
+        while r < rows:
+            stream(args, thread, r, smaller(r + chunk, rows))
+            r = add_at(load(args, TAKEN), 0, chunk)
+
+    return kernel
+
+
+def gated(isa: ModuleType, gate: BlockFormat, up: BlockFormat) -> Any:
+    """Few columns: a thread streams a chunk of rows of the gate, the same rows of the other matrix,
+    and prepares at once what the two give: nobody waits for the whole of either.
+    """
+    stream_gate, stream_up, prepare = _stream(isa, gate), _stream(isa, up), prepare_part(isa, 1)
+
+    def kernel(args, thread, threads):
+        one, two, both = load(args, 0), load(args, 1), load(args, 2)
+        tokens, rows, chunk = load(load(one, STATE), 0), load(one, ROWS), load(one, CHUNK)
+        r = add_at(load(one, TAKEN), 0, chunk)
+        while r < rows:
+            end = smaller(r + chunk, rows)
+            stream_gate(one, thread, r, end)
+            stream_up(two, thread, r, end)
+            prepare(both, 0, 0, tokens, r // 32, (end + 31) // 32)
+            r = add_at(load(one, TAKEN), 0, chunk)
+
+    return kernel
+
+
+def _stream(isa: ModuleType, fmt: BlockFormat) -> Any:
+    """Numba function: the products with rows from `r` until `end`, for all tokens."""
+    from numba import njit
+
+    one, several, write = _dots(isa, fmt, 1), _dots(isa, fmt, COLUMNS), _writer(isa)
+
+    @njit(nogil=True, error_model="numpy", forceinline=True)
+    def stream(args, thread, r, end):
         tokens = load(load(args, STATE), 0)
-        rows, row_bytes, w = load(args, ROWS), load(args, ROW_BYTES), load(args, W)
+        row_bytes, w = load(args, ROW_BYTES), load(args, W)
         x, xd, xs, cols = load(args, X), load(args, XD), load(args, XS), load(args, COLS)
         x += thread * load(args, PRIVATE)
         xd += thread * load(args, PRIVATE)
         xs += thread * load(args, PRIVATE)
-        ahead, chunk = load(args, AHEAD), load(args, CHUNK)
-        sums = load(args, SCRATCH) + thread * load(args, SCRATCH_BYTES)
-        r = add_at(load(args, TAKEN), 0, chunk)
-        while r < rows:
-            end = smaller(r + chunk, rows)
-            while r < end:
-                n = smaller(ROWS_AT_ONCE, end - r)
-                at = w + r * row_bytes
-                t = 0
-                while t < tokens:
-                    if tokens - t < ALONE:
-                        done = 1
-                        one(at, row_bytes, n, x, xd, xs, cols, t, tokens, ahead, sums)
-                    else:
-                        done = smaller(COLUMNS, tokens - t)
-                        several(at, row_bytes, n, x, xd, xs, cols, t, tokens, ahead, sums)
-                    write(args, sums, r, n, t, done, ROWS_AT_ONCE)
-                    t += done
-                r += n
-            r = add_at(load(args, TAKEN), 0, chunk)
+        ahead, sums = load(args, AHEAD), load(args, SCRATCH) + thread * load(args, SCRATCH_BYTES)
+        while r < end:
+            n = smaller(ROWS_AT_ONCE, end - r)
+            at = w + r * row_bytes
+            t = 0
+            while t < tokens:
+                if tokens - t < ALONE:
+                    done = 1
+                    one(at, row_bytes, n, x, xd, xs, cols, t, tokens, ahead, sums)
+                else:
+                    done = smaller(COLUMNS, tokens - t)
+                    several(at, row_bytes, n, x, xd, xs, cols, t, tokens, ahead, sums)
+                write(args, sums, r, n, t, done, ROWS_AT_ONCE)
+                t += done
+            r += n
 
-    return kernel
+    return stream
 
 
 def _dots(isa: ModuleType, fmt: BlockFormat, columns: int) -> Any:

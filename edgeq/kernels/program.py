@@ -63,6 +63,7 @@ class Op:
     kernel: str
     args: np.ndarray
     barrier: bool = True
+    within: tuple["Op", ...] = ()  # ops whose argument blocks `args` names, and which it replaces
 
 
 class Program:

@@ -197,16 +197,19 @@ def softmax_row(e: Emit, s: Value, valid: Value, stats: Value) -> None:
     e.store(factor, stats, 8)
 
 
-def quantize_row(e: Emit, x: Value, groups: Value, out: Sequence[Value], *, columns: int) -> None:
+def quantize_row(
+    e: Emit, x: Value, span: Sequence[Value], out: Sequence[Value], *, columns: int
+) -> None:
     """f32[32·groups] → int8 with one scale per 32 (largest magnitude / 127, round half to even).
 
-    out: pointers (q, d, sums16, sums32, ints16, ints32), interleaved for tiles of `columns` columns
-    and standing at this row's column: q words of four [cols/4][columns]; d f32 [cols/32][columns];
-    sums of 16 and of 32 codes [cols/16 or cols/32][columns], as f32 times their scale and as i32
-    with the sign turned. With one column, q is for rows: whole steps of 256 as in `kernels.order`.
+    span = (low, middle, high): of a row, the groups low .. high - 1; with one column, those before
+    `middle` are in whole steps of 256, whose words `kernels.order` permutes. out: pointers (q, d,
+    sums16, sums32, ints16, ints32), interleaved for tiles of `columns` columns and standing at this
+    row's column: q words of four [cols/4][columns]; d f32 [cols/32][columns]; sums of 16 and of 32
+    codes [cols/16 or cols/32][columns], as f32 times their scale and as i32 with the sign turned.
     """
     q, d, *sums = out
-    ordered = e.b.mul(e.b.udiv(groups, e.i64(8)), e.i64(8)) if columns == 1 else e.i64(0)
+    low, middle, high = span
 
     def group(i: Value, words: Value, offsets: Sequence[int]) -> None:
         start = e.at(x, e.b.mul(i, e.i64(128)))
@@ -222,6 +225,7 @@ def quantize_row(e: Emit, x: Value, groups: Value, out: Sequence[Value], *, colu
                 e.store(value, e.at(place, at), 4 * columns * n)
 
     def in_order(i: Value, _: list[Value]) -> list[Value]:
+        i = e.b.add(low, i)
         part = e.b.and_(i, e.i64(7))
         step = e.b.mul(e.b.sub(i, part), e.i64(32))
         words = e.at(q, e.b.add(step, part_offset(e, part)))
@@ -229,13 +233,13 @@ def quantize_row(e: Emit, x: Value, groups: Value, out: Sequence[Value], *, colu
         return []
 
     def as_it_is(i: Value, _: list[Value]) -> list[Value]:
-        i = e.b.add(ordered, i)
+        i = e.b.add(middle, i)
         group(i, e.at(q, e.b.mul(i, e.i64(32 * columns))), range(0, 32 * columns, 4 * columns))
         return []
 
     if columns == 1:
-        e.loop(ordered, [], in_order)
-    e.loop(e.b.sub(groups, ordered), [], as_it_is)
+        e.loop(e.b.sub(middle, low), [], in_order)
+    e.loop(e.b.sub(high, middle), [], as_it_is)
 
 
 def _quantize32(e: Emit, parts: list[Value]) -> tuple[list[Value], Value]:

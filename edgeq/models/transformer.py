@@ -161,23 +161,24 @@ class Transformer:
 
     def _feed_forward(self, layer: Layer, many: bool) -> list[Op]:
         inputs, width = [layer.ffn_gate, layer.ffn_up], self.arch.feed_forward_length
-        gate = self._prepare(
+        gate, up = (
+            self._product(m, self._at(name), width, many, barrier=name == "up", step=32)
+            for m, name in zip(inputs, ("gate", "up"), strict=True)
+        )
+        ready = self._prepare(
             self._at("gate"), [layer.ffn_down], width, many, mode=2, weight=self._at("up")
         )
-        return [
-            self._norm("x", layer.ffn_norm, inputs, many),
-            self._product(layer.ffn_gate, self._at("gate"), width, many, barrier=False),
-            self._product(layer.ffn_up, self._at("up"), width, many),
-            gate,
-            self._product(
-                layer.ffn_down,
-                self._at("x"),
-                self.arch.embedding_length,
-                many,
-                add=True,
-                shared=True,
-            ),
-        ]
+        parts = [gate, up, ready]
+        norm = self._norm("x", layer.ffn_norm, inputs, many)
+        x, stride = self._at("x"), self.arch.embedding_length
+        down = self._product(layer.ffn_down, x, stride, many, add=True, shared=True)
+        return [norm, *(parts if many else [self._gated(layer, parts)]), down]
+
+    def _gated(self, layer: Layer, parts: list[Op]) -> Op:
+        """Gate, up and what their product is prepared for, as one op."""
+        blocks = dict(zip(layout.GATED, (_address(op.args) for op in parts), strict=True))
+        formats = f"{layer.ffn_gate.format.name}.{layer.ffn_up.format.name}"
+        return Op(f"gated/{formats}", arguments(layout.GATED, **blocks), within=tuple(parts))
 
     # -- ops ---------------------------------------------------------------------------------------
     def _norm(
@@ -239,8 +240,11 @@ class Transformer:
         barrier: bool = True,
         shared: bool = False,
         state: np.ndarray | None = None,
+        step: int = layout.ROWS_AT_ONCE,
     ) -> Op:
-        """out (+)= m · what `_prepare` left, in the threads' copies or, with `shared`, for all."""
+        """out (+)= m · what `_prepare` left, in the threads' copies or, with `shared`, for all; a
+        thread takes a multiple of `step` rows at a time.
+        """
         plain = m.format.value == "x"
         given = self._shared if many or shared else self._own
         args = arguments(
@@ -261,7 +265,7 @@ class Transformer:
             scratch_bytes=self._scratch_bytes,
             group=self._panels(m),
             ahead=self.tuning.distance(m.format),
-            chunk=self.tuning.turn(m.rows, self._decoders),
+            chunk=self.tuning.turn(m.rows, self._decoders, step),
             taken=_address(self._taken) + next(self._counters),
             private=given.private,
         )
