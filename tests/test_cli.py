@@ -34,9 +34,29 @@ def test_every_command_explains_itself(name: str) -> None:
     assert "--debug" in result.stdout
 
 
-def test_unknown_command_and_flag_are_usage_errors() -> None:
-    assert edgeq("frobnicate").exit_code == 2
-    assert edgeq("run", "--frobnicate").exit_code == 2
+@pytest.mark.parametrize(
+    ("args", "said", "where"),
+    [
+        (["nope"], "No such command 'nope'", "edgeq"),
+        (["inspect", "--nope", "x"], "No such option", "edgeq inspect"),
+        (["run", "-t", "0", "x"], "0 is not in the range 1<=x<=256", "edgeq run"),
+        (["bench", "-p", "abc", "x"], "'abc': expected counts", "edgeq bench"),
+        (["run"], "Missing argument 'MODEL'", "edgeq run"),
+    ],
+)
+def test_misuse_is_told_on_one_line(args: list[str], said: str, where: str) -> None:
+    result = edgeq(*args)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert said in result.stderr
+    assert result.stderr.startswith("edgeq: ")
+    assert result.stderr.count("\n") == 1
+    assert result.stderr.endswith(f": see `{where} --help`\n")
+
+
+def test_without_a_command_it_explains_itself() -> None:
+    result = edgeq()
+    assert result.exit_code == 2
+    assert "Commands:" in result.output
 
 
 # --- terminal

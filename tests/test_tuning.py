@@ -75,9 +75,9 @@ def test_a_layer_passes_the_parameters_on(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(tuning, "Program", MagicMock())
     for name, ahead in (("Q3_K", 123), ("Q8_0", 67), ("F16", 67)):
         layer = tuning._Layer(blocks.get(name), 1, {}, MagicMock())
-        assert layer.seconds(Tuning(123, 45, 67)) >= 0
+        assert layer.seconds(Tuning(123, 48, 67)) >= 0
         words = dict(zip(layout.MATMUL, layer._args[0].tolist()))
-        assert (words["ahead"], words["chunk"]) == (ahead, 45)
+        assert (words["ahead"], words["chunk"]) == (ahead, 48)
 
 
 def test_what_was_found_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:

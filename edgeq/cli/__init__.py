@@ -55,6 +55,8 @@ class Commands(click.Group):
             return super().make_context(*args, **kwargs)
         except KeyboardInterrupt:  # where click itself would say "Aborted!" and exit with 1
             _interrupted()
+        except click.UsageError as error:
+            raise _misused(error) from None
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -63,10 +65,20 @@ class Commands(click.Group):
             _interrupted()
         except BrokenPipeError:
             _leave_quietly()
+        except click.UsageError as error:
+            raise _misused(error) from None
         except (EdgeqError, OSError, MemoryError) as error:
             if ctx.meta.get(_DEBUG):
                 raise
             raise Failure(_message(error)) from None
+
+
+def _misused(error: click.UsageError) -> click.ClickException:
+    """The same on one line, with where to look; a bare command's help stays what it is."""
+    if isinstance(error, click.exceptions.NoArgsIsHelpError):
+        return error
+    where = error.ctx.command_path if error.ctx else "edgeq"
+    return Failure(f"{error.format_message().rstrip('.')}: see `{where} --help`")
 
 
 def _debug_option() -> click.Option:

@@ -161,8 +161,10 @@ class Transformer:
 
     def _feed_forward(self, layer: Layer, many: bool) -> list[Op]:
         inputs, width = [layer.ffn_gate, layer.ffn_up], self.arch.feed_forward_length
+        # Two matrices in a turn: half as many rows, so that nobody waits longer for the last one.
+        turn = self.tuning.turn(width // 2, self._decoders, step=32)
         gate, up = (
-            self._product(m, self._at(name), width, many, barrier=name == "up", step=32)
+            self._product(m, self._at(name), width, many, barrier=name == "up", turn=turn)
             for m, name in zip(inputs, ("gate", "up"), strict=True)
         )
         ready = self._prepare(
@@ -240,10 +242,10 @@ class Transformer:
         barrier: bool = True,
         shared: bool = False,
         state: np.ndarray | None = None,
-        step: int = layout.ROWS_AT_ONCE,
+        turn: int | None = None,
     ) -> Op:
         """out (+)= m · what `_prepare` left, in the threads' copies or, with `shared`, for all; a
-        thread takes a multiple of `step` rows at a time.
+        thread takes `turn` rows at a time.
         """
         plain = m.format.value == "x"
         given = self._shared if many or shared else self._own
@@ -265,7 +267,7 @@ class Transformer:
             scratch_bytes=self._scratch_bytes,
             group=self._panels(m),
             ahead=self.tuning.distance(m.format),
-            chunk=self.tuning.turn(m.rows, self._decoders, step),
+            chunk=turn or self.tuning.turn(m.rows, self._decoders),
             taken=_address(self._taken) + next(self._counters),
             private=given.private,
         )
