@@ -169,6 +169,7 @@ class Model:
             (True, "none"): program(many, True),
             (True, "few"): program(many + few_head, True),
             (True, "many"): program(many + many_head, True),
+            (True, "head"): program(many_head, True),
         }
 
     @property
@@ -267,11 +268,38 @@ class Model:
                 f"{len(ids)} tokens, context of {self.ctx}: shorten them or raise ctx"
             )
         self.reset()
-        out = np.empty((len(ids), self.arch.vocab_size), np.float32)
-        for first in range(0, len(ids), self._outputs):
-            part = ids[first : first + self._outputs]
-            out[first : first + len(part)] = self._evaluate(part, len(part))
+        out, done = np.empty((len(ids), self.arch.vocab_size), np.float32), 0
+        for part in self.parts(ids):
+            out[done : done + len(part)] = part
+            done += len(part)
         return out
+
+    def parts(self, ids: Sequence[int], first: int = 0) -> Iterator[NDArray[np.float32]]:
+        """Append ids to the KV cache; the logits [n, vocab] after ids[first:], some at a time.
+
+        Each part is overwritten by the next. Raises RequestError as `feed`.
+        """
+        ids = token_ids(ids, self.arch.vocab_size)
+        self._check_room(len(ids))
+        self._owner = None
+        for start in range(0, len(ids), self._batch):
+            batch = ids[start : start + self._batch]
+            wanted = range(max(first - start, 0), len(batch), self._outputs)
+            if len(wanted) <= 1:
+                out = self._evaluate(batch, len(batch) - wanted.start if wanted else 0)
+                yield from [out] * len(wanted)
+                continue
+            self._evaluate(batch, 0)
+            for i in wanted:
+                yield self._head(i, min(i + self._outputs, len(batch)))
+
+    def _head(self, start: int, stop: int) -> NDArray[np.float32]:
+        """View of the logits of tokens start..stop of the last batch, whose states are kept."""
+        net = self._net
+        net.state[0], net.out_state[0] = stop, stop - start
+        net.start()
+        self._programs[True, "head"].run(interruptible=True)
+        return net.logits[: stop - start]
 
     def step(self, ids: Sequence[int]) -> NDArray[np.float32]:
         """Append up to FEW tokens; logits [n, vocab], overwritten by the next call.

@@ -1,19 +1,38 @@
-"""How good a model is: perplexity as llama-perplexity defines it."""
+"""How good a model is: perplexity as llama-perplexity defines it, and distance from a reference."""
 
 import math
+import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edgeq.checks import whole
-from edgeq.errors import RequestError
+from edgeq.divergence import Divergence, Scores, likelihood, pair
+from edgeq.errors import ModelError, RequestError
+from edgeq.estimate import Estimate, mean
 
 if TYPE_CHECKING:
     from edgeq.engine import Model
 
-__all__ = ["perplexity", "windows"]
+__all__ = ["CONTEXT", "Evaluation", "evaluate", "evaluate_all", "perplexity", "windows"]
+
+CONTEXT = 512  # tokens per window, where the model allows so many
+Progress = Callable[[int, int, float], None]  # windows done, in all, perplexity so far
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """Result for one model and one text."""
+
+    ctx: int  # tokens per window
+    windows: int
+    tokens: int  # that were predicted and scored
+    perplexity: Estimate
+    divergence: Divergence | None  # from the reference, where there was one
+    seconds: float  # for all models that were evaluated together
 
 
 def windows(ids: Sequence[int], ctx: int, bos: int | None) -> Iterator[tuple[list[int], int]]:
@@ -29,15 +48,6 @@ def windows(ids: Sequence[int], ctx: int, bos: int | None) -> Iterator[tuple[lis
         yield window, ctx // 2 + 1
 
 
-def log_likelihood(logits: NDArray[np.float32], targets: Sequence[int]) -> NDArray[np.float64]:
-    """ln p of each target: logits [n, vocab], targets [n] → float64 [n]."""
-    wide = logits.astype(np.float64)
-    peak = wide.max(axis=1, keepdims=True)
-    total = np.log(np.exp(wide - peak).sum(axis=1)) + peak[:, 0]
-    picked = wide[np.arange(len(targets)), list(targets)]
-    return np.asarray(picked - total, np.float64)
-
-
 def perplexity(
     model: "Model", text: str, ctx: int = 512, *, progress: Callable[[int, int], None] | None = None
 ) -> float:
@@ -48,20 +58,135 @@ def perplexity(
 
     Raises RequestError when the text is shorter than two windows or ctx exceeds the model's.
     """
-    ctx = whole("ctx", ctx, 4, model.ctx)
-    tokenizer = model.tokenizer
-    bos = tokenizer.bos_id if tokenizer.add_bos else None
+    shown = (lambda done, total, _: progress(done, total)) if progress else None
+    return evaluate(model, text, ctx, progress=shown).perplexity.value
+
+
+def evaluate(
+    model: "Model",
+    text: str,
+    ctx: int | None = None,
+    *,
+    reference: "Model | None" = None,
+    chunks: int | None = None,
+    progress: Progress | None = None,
+) -> Evaluation:
+    """Perplexity of a model on a text, with its error, and the divergence from a reference model.
+
+    See `evaluate_all`. From the folder of a checkout:
+
+    >>> import edgeq
+    >>> path, base = (edgeq.convert("examples/tiny-home", f"{r}.gguf", r) for r in ("Q8_0", "F16"))
+    >>> with edgeq.load(path) as model, edgeq.load(base) as reference:
+    ...     found = evaluate(model, "The device is on. " * 20, ctx=32, reference=reference)
+    >>> found.tokens, 0 < found.divergence.kld.value < 0.01
+    (45, True)
+    """
+    given = {"reference": reference, "chunks": chunks}
+    return evaluate_all([model], text, ctx, progress=progress, **given)[0]  # type: ignore[arg-type]
+
+
+def evaluate_all(
+    models: Sequence["Model"],
+    text: str,
+    ctx: int | None = None,
+    *,
+    reference: "Model | None" = None,
+    chunks: int | None = None,
+    progress: Progress | None = None,
+) -> list[Evaluation]:
+    """`evaluate` for several models that step through the text together, the reference once.
+
+    ctx: tokens per window; default CONTEXT, or what the models hold. chunks: use the first so many
+    windows only. The logits are never kept: some positions at a time, of all models, are scored
+    and forgotten.
+
+    Raises RequestError when ctx exceeds a model's, the text is shorter than two windows, or the
+    vocabularies differ; ModelError for logits that are no numbers.
+    """
+    everyone = [*models, *([reference] if reference is not None else [])]
+    room = min(model.ctx for model in everyone)
+    size = min(CONTEXT, room) if ctx is None else whole("ctx", ctx, 4, room)
+    parts = list(windows(*_ids(everyone, text, size)))[:chunks]
+    started, found = time.monotonic(), [_Tally(model) for model in models]
+    for done, (window, first) in enumerate(parts, 1):
+        for views, base, targets in _together(models, reference, window, first):
+            for tally, logits in zip(found, views):
+                tally.add(logits, base, targets)
+        if progress:
+            progress(done, len(parts), found[-1].running)
+    seconds = time.monotonic() - started
+    return [tally.result(size, len(parts), seconds) for tally in found]
+
+
+def _ids(models: Sequence["Model"], text: str, ctx: int) -> tuple[list[int], int, int | None]:
+    """Ids of the text, on which all models must agree; the window; BOS."""
+    first = models[0]
+    tokenizer = first.tokenizer
     ids = tokenizer.encode(text, special=False, bos=True)
     if len(ids) < 2 * ctx:
         raise RequestError(
             f"text of {len(ids)} tokens: expected at least {2 * ctx}, two windows of {ctx}"
         )
-    parts, total, count = list(windows(ids, ctx, bos)), 0.0, 0
-    for done, (window, first) in enumerate(parts):
-        logits = model.logits(window)
-        scored = log_likelihood(logits[first - 1 : -1], window[first:])
-        total -= float(scored.sum())
-        count += len(scored)
-        if progress:
-            progress(done + 1, len(parts))
-    return math.exp(total / count)
+    for other in models[1:]:
+        same = other.arch.vocab_size == first.arch.vocab_size
+        if not same or other.tokenizer.encode(text, special=False, bos=True) != ids:
+            raise RequestError(
+                f"{other.gguf.path}: not the vocabulary of {first.gguf.path}: their probabilities "
+                "cannot be compared: use a reference from the same model"
+            )
+    return ids, ctx, tokenizer.bos_id if tokenizer.add_bos else None
+
+
+Views = list[NDArray[np.float32]]
+
+
+def _together(
+    models: Sequence["Model"], reference: "Model | None", window: list[int], first: int
+) -> Iterator[tuple[Views, NDArray[np.float32] | None, list[int]]]:
+    """Logits of all models and of the reference for the same targets, until the window is over."""
+    everyone = {id(model): model for model in (*models, reference) if model is not None}
+    for model in everyone.values():
+        model.reset()
+    streams = [model.parts(window[:-1], first - 1) for model in everyone.values()]
+    for views in zip(*streams, strict=True):
+        of = dict(zip(everyone, views))
+        targets = window[first : first + len(views[0])]
+        first += len(targets)
+        yield [of[id(model)] for model in models], of.get(id(reference)), targets
+
+
+class _Tally:
+    """Scores of one model as they come."""
+
+    def __init__(self, model: "Model") -> None:
+        self._where, self._total, self._count = model.gguf.path, 0.0, 0
+        self._plain: list[NDArray[np.float64]] = []
+        self._pairs: list[Scores] = []
+
+    def add(
+        self, logits: NDArray[np.float32], base: NDArray[np.float32] | None, targets: list[int]
+    ) -> None:
+        if base is None:
+            self._plain.append(-likelihood(logits, targets))
+        else:
+            self._pairs.append(pair(logits, base, targets))
+            self._plain.append(self._pairs[-1].nll)
+        self._total += float(self._plain[-1].sum())
+        self._count += len(targets)
+        if not math.isfinite(self._total):
+            raise ModelError(f"{self._where}: logits that are no numbers: the file is damaged")
+
+    @property
+    def running(self) -> float:
+        return Estimate(self._total / self._count, math.nan).exp().value
+
+    def result(self, ctx: int, count: int, seconds: float) -> Evaluation:
+        return Evaluation(
+            ctx=ctx,
+            windows=count,
+            tokens=self._count,
+            perplexity=mean(np.concatenate(self._plain)).exp(),
+            divergence=Divergence.of(Scores.join(self._pairs)) if self._pairs else None,
+            seconds=seconds,
+        )
