@@ -1,12 +1,14 @@
 """Numbers that come from a sample, with their uncertainty."""
 
+import dataclasses
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Estimate", "covariance", "mean", "percentile", "share", "wilson"]
+__all__ = ["Estimate", "covariance", "mean", "percentile", "plain", "share", "wilson"]
 
 Values = NDArray[np.float64]
 
@@ -88,3 +90,18 @@ def wilson(hits: int, count: int, z: float = 1.96) -> tuple[float, float]:
     centre = (part + weight / 2) / (1 + weight)
     reach = z / (1 + weight) * math.sqrt(part * (1 - part) / count + weight / (4 * count))
     return max(centre - reach, 0.0), min(centre + reach, 1.0)
+
+
+def plain(value: Any) -> Any:
+    """What JSON can hold: dataclasses as tables, tuples as lists, NaN and infinity as None.
+
+    >>> plain({"loss": Estimate(1.0, math.nan)})
+    {'loss': {'value': 1.0, 'error': None}}
+    """
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -11,7 +11,7 @@ The file is JSON Lines: one object per line, empty lines are skipped.
 
 import json
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -24,7 +24,7 @@ from edgeq.text import printable
 if TYPE_CHECKING:
     from edgeq.engine import Model
 
-__all__ = ["Answer", "Count", "Question", "ask", "by_task", "read", "total"]
+__all__ = ["Answer", "Count", "Question", "ask", "by_task", "read", "summary", "total"]
 
 Progress = Callable[[int, int, int], None]  # questions asked, in all, right so far
 _KEYS = ("question", "answer", "choices", "task")
@@ -68,6 +68,11 @@ class Count:
     def share(self) -> float:
         """Accuracy, 0..1."""
         return self.right / self.count
+
+    @property
+    def share_raw(self) -> float:
+        """Accuracy by raw log-probability."""
+        return self.right_raw / self.count
 
     @property
     def interval(self) -> tuple[float, float]:
@@ -181,6 +186,24 @@ def total(answers: Sequence[Answer]) -> Count:
     """All answers counted."""
     right, raw = sum(a.right for a in answers), sum(a.right_raw for a in answers)
     return Count(len(answers), right, raw)
+
+
+def summary(questions: Sequence[Question], answers: Sequence[Answer]) -> dict[str, Any]:
+    """Accuracy over all and per task, and every answer, as plain tables (for JSON)."""
+
+    def table(count: Count) -> dict[str, Any]:
+        low, high = count.interval
+        shares = {"accuracy": count.share, "accuracy_raw": count.share_raw}
+        return {**asdict(count), **shares, "low": low, "high": high}
+
+    return {
+        "total": table(total(answers)),
+        "tasks": {task: table(count) for task, count in by_task(questions, answers).items()},
+        "answers": [
+            {"question": q.question, "expected": list(q.answers), "task": q.task, **asdict(a)}
+            for q, a in zip(questions, answers, strict=True)
+        ],
+    }
 
 
 def _prompt(model: "Model", template: ChatTemplate | None, question: Question) -> list[int]:
