@@ -21,7 +21,7 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 # Imports go down or stay level: README, "How it is built". A new module must be given a layer here.
 LAYERS = [
-    {"checks", "cpus", "data", "errors", "memory", "text", "vocab"},
+    {"checks", "cpus", "data", "errors", "estimate", "memory", "text", "vocab"},
     {"blockformat", "blocks", "gguf", "checkpoint"},
     {"kernels"},
     {"models", "tokenizer", "sampler", "cache", "quantizers", "recipe", "sandbox", "tuning"},
@@ -33,6 +33,10 @@ LAYERS = [
         "pipeline",
         "sources",
         "evaluate",
+        "divergence",
+        "questions",
+        "compare",
+        "report",
         "bench",
         "hub",
         "limits",
@@ -43,7 +47,7 @@ LAYERS = [
 HOMES = {
     "numba": ["kernels", "quantizers"],
     "llvmlite": ["kernels", "quantizers"],
-    "jinja2": ["sandbox", "chat"],
+    "jinja2": ["sandbox", "chat", "report"],
     "tokenizers": ["tokenizer"],
     "sentencepiece": ["tokenizer"],
     "gguf": ["checkpoint", "gguf"],

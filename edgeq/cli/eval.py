@@ -3,7 +3,6 @@
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -11,7 +10,8 @@ import click
 from edgeq.cli._options import kv_options
 from edgeq.cli._progress import bar
 from edgeq.cli._terminal import Status, harmless
-from edgeq.errors import FormatError, RequestError
+from edgeq.cli._text import read_text
+from edgeq.errors import RequestError
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -72,7 +72,7 @@ def command(
     from edgeq.questions import read, summary
 
     asked = read(questions) if questions else []
-    text = _text(file) if file else ""
+    text = read_text(file) if file else ""
     options: dict[str, Any] = {"threads": threads, "threads_batch": threads_batch}
     loads = [(model, {**options, "kv": (cache_type_k, cache_type_v)})]
     loads += [(reference, options)] if reference else []
@@ -88,14 +88,6 @@ def command(
         click.echo(json.dumps(document, indent=1))
     else:
         _print(document)
-
-
-def _text(path: str) -> str:
-    """Content of a text file. Raises FormatError when it is not UTF-8."""
-    try:
-        return Path(path).read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise FormatError(f"{path}: byte {error.start}: expected a UTF-8 text") from error
 
 
 @contextmanager
