@@ -285,9 +285,8 @@ class Model:
         for start in range(0, len(ids), self._batch):
             batch = ids[start : start + self._batch]
             wanted = range(max(first - start, 0), len(batch), self._outputs)
-            if len(wanted) <= 1:
-                out = self._evaluate(batch, len(batch) - wanted.start if wanted else 0)
-                yield from [out] * len(wanted)
+            if len(wanted) == 1:
+                yield self._evaluate(batch, len(batch) - wanted.start)
                 continue
             self._evaluate(batch, 0)
             for i in wanted:

@@ -40,8 +40,8 @@ class Estimate:
 def mean(values: Values) -> Estimate:
     """Mean of values [n] and its standard error.
 
-    >>> mean(np.array([1.0, 2.0, 3.0]))
-    Estimate(value=2.0, error=0.5773502691896258)
+    >>> print(mean(np.array([1.0, 2.0, 3.0])))
+    2.0000 ± 0.5774
     """
     return Estimate(float(values.mean()), math.sqrt(covariance(values, values)))
 
@@ -49,8 +49,8 @@ def mean(values: Values) -> Estimate:
 def covariance(a: Values, b: Values) -> float:
     """Covariance of the means of a [n] and b [n], which are measured at the same places.
 
-    >>> covariance(np.array([1.0, 2.0, 3.0]), np.array([2.0, 4.0, 6.0]))
-    0.6666666666666666
+    >>> round(covariance(np.array([1.0, 2.0, 3.0]), np.array([2.0, 4.0, 6.0])), 4)
+    0.6667
     """
     if len(a) < 2:
         return math.nan

@@ -107,6 +107,7 @@ def command(
 
 
 def _compare(src: str, plan: "Plan", folder: str | None) -> dict[str, Any]:
+    import edgeq
     from edgeq import hub
     from edgeq.compare import compare
 
@@ -117,7 +118,7 @@ def _compare(src: str, plan: "Plan", folder: str | None) -> dict[str, Any]:
         stack.callback(status.clear)
         compiling = None if is_terminal(sys.stderr) else status.compiling()
         document = compare(source, plan, Path(work), progress=show, on_compile=compiling)
-    return {**document, "source": src}
+    return {**document, "source": src, "edgeq": edgeq.__version__}
 
 
 @contextmanager

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import edgeq
 from edgeq import memory, questions
 from edgeq.compare.conversions import Candidate, Conversion, convert, parse
 from edgeq.compare.speed import Lengths, Speed, measure
@@ -184,7 +183,6 @@ def _document(source: str | Path, rows: Sequence[_Row], plan: Plan) -> dict[str,
     tables = [_table(row) for row in rows]
     document: dict[str, Any] = plain(
         {
-            "edgeq": edgeq.__version__,
             "source": str(source),
             "reference": rows[0].candidate.name,
             "text": {

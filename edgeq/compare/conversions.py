@@ -1,14 +1,17 @@
 """The files that are compared: made in a work folder, and found there again."""
 
 import dataclasses
+import hashlib
 import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-import edgeq
+import numpy as np
+
 from edgeq import pipeline
 from edgeq.errors import RequestError
 from edgeq.quantizers import available
@@ -92,12 +95,31 @@ def convert(
 
 
 def _key(source: Path, candidate: Candidate, options: Mapping[str, Any]) -> str:
-    """All that decides the bytes of the file, and the file's own time."""
+    """All that decides the bytes of the file."""
     files = sorted(path for path in source.iterdir() if path.is_file()) if source.is_dir() else []
-    stats = [(path.name, path.stat()) for path in files or [source]]
     recipe = dataclasses.asdict(Recipe.load(candidate.recipe))
-    facts = [edgeq.__version__, recipe, candidate.method, repr(sorted(options.items()))]
-    return json.dumps([*facts, [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]])
+    facts = [_makers(), recipe, candidate.method, _trace(options)]
+    return json.dumps([*facts, [_trace(path) for path in files or [source]]])
+
+
+def _trace(value: Any) -> Any:
+    """Something short that changes when the value does: hashes of arrays, times of files."""
+    if isinstance(value, Mapping):
+        return {str(key): _trace(value[key]) for key in sorted(value)}
+    if isinstance(value, np.ndarray):
+        return hashlib.sha256(np.ascontiguousarray(value).tobytes()).hexdigest()
+    if isinstance(value, Path):
+        stat = value.stat()
+        return [value.name, stat.st_size, stat.st_mtime_ns]
+    return repr(value)
+
+
+@cache
+def _makers() -> str:
+    """Hash of the sources that decide the bytes: another version may quantize in another way."""
+    folder = Path(pipeline.__file__).parent
+    files = [folder / "pipeline.py", *sorted((folder / "quantizers").rglob("*.py"))]
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
 
 
 def _remember(notes: Path, found: Conversion, key: str) -> None:

@@ -19,7 +19,8 @@ from edgeq.report.plots import Plot, Point, front, scatter
 __all__ = ["html"]
 
 Table = dict[str, Any]
-_DARKEST = 0.72  # share of the heat colour in the cell with the largest error
+_DARKEST = 0.75  # share of the heat colour in the cell with the largest error
+_SPAN = 100  # between the largest error and the one that is drawn palest
 
 
 def html(document: Table) -> str:
@@ -34,6 +35,7 @@ def html(document: Table) -> str:
     script, style = ((folder / f"page.{kind}").read_text("utf-8") for kind in ("js", "css"))
     return environment.get_template("page.html").render(
         document=document,
+        title=Path(document["source"]).name or document["source"],
         style=style,
         script=script,
         script_hash=_hash(script),
@@ -59,7 +61,7 @@ def _contents(document: Table) -> Table:
         "best": _best(rows, document["reference"]),
         "base": base,
         "base_size": _fixed(_size(base), 1),
-        "base_speed": _fixed(_decode(base), 1) if base["speed"] else "",
+        "base_speed": _rate(base["speed"]["decode"]) if base["speed"] else "",
         "chosen": chosen,
         "heat": heat,
         "quality": _plot(rows, document["reference"], _size, "file size, MiB", False),
@@ -85,8 +87,8 @@ def _figures(row: Table) -> Table:
         "size": _fixed(row["size"] / 2**20, 1),
         "bits": _fixed(row["bits_per_weight"], 2),
         "ram": _fixed(speed["peak_ram"] / 2**20, 0) if speed else "",
-        "prefill": _fixed(speed["prefill"]["value"], 1) if speed else "",
-        "decode": _fixed(speed["decode"]["value"], 1) if speed else "",
+        "prefill": _rate(speed["prefill"]) if speed else "",
+        "decode": _rate(speed["decode"]) if speed else "",
         "ratio": _fixed(d["ratio"]["value"], 4),
         "ratio_error": _fixed(d["ratio"]["error"], 4),
         "kld": _digits(d["kld"]["value"]),
@@ -101,6 +103,10 @@ def _figures(row: Table) -> Table:
 
 def _fixed(value: float | None, digits: int) -> str:
     return "–" if value is None else f"{value:,.{digits}f}"
+
+
+def _rate(estimate: Table) -> str:
+    return _fixed(estimate["value"], 1 if estimate["value"] < 1000 else 0)
 
 
 def _digits(value: float | None, digits: int = 3) -> str:
@@ -178,7 +184,8 @@ class _Heat:
         known: list[float] = [
             t["relative_rmse"] for row in rows for t in row["tensors"] if t["relative_rmse"]
         ]
-        self.low, self.high = (min(known), max(known)) if known else (1.0, 1.0)
+        self.high = max(known, default=1.0)
+        self.low = self.high / _SPAN
 
     def cells(self, row: Table) -> list[tuple[str, str, float, str]]:
         """Of each matrix: bits, format, heat from 0 to 1, relative error."""
@@ -191,14 +198,14 @@ class _Heat:
         bits = 8 * tensor["nbytes"] / math.prod(tensor["shape"])
         error = tensor["relative_rmse"]
         told = "" if error is None else f"{100 * error:.2f} %"
-        return f"{bits:.0f}", tensor["format"], self._heat(error), told
+        return f"{bits:.2g}", tensor["format"], self._heat(error), told
 
     def _heat(self, error: float | None) -> float:
         """By the logarithm of the error, so that formats of all sizes differ."""
         if not error:
             return 0.0
-        span = math.log(self.high / self.low) or 1.0
-        return round(_DARKEST * (0.1 + 0.9 * math.log(error / self.low) / span), 3)
+        above = 1 + math.log(error / self.high) / math.log(_SPAN)
+        return round(_DARKEST * min(max(above, 0.0), 1.0), 3)
 
 
 def _layer(name: str) -> tuple[int, str]:

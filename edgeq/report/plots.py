@@ -7,9 +7,9 @@ from dataclasses import dataclass
 __all__ = ["Label", "Plot", "Point", "front", "linear_ticks", "log_ticks", "scatter"]
 
 WIDTH, HEIGHT = 440.0, 320.0  # of the drawing, in its own units
-LEFT, RIGHT, TOP, BOTTOM = 62.0, 12.0, 12.0, 48.0  # margins around the plotting area
-FONT, GLYPH = 12.0, 6.8  # height of a line, and a generous width of a character
-RADIUS = 4.5  # of a dot
+LEFT, RIGHT, TOP, BOTTOM = 74.0, 22.0, 12.0, 48.0  # margins around the plotting area
+FONT, GLYPH = 12.0, 7.6  # height of a line, and a generous width of a character
+RADIUS = 6.5  # of a dot that is chosen
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,11 +177,11 @@ def _neighbours(index: int, places: Sequence[tuple[float, float]]) -> int:
 
 def _around(x: float, y: float, width: float, area: Box) -> Iterator[tuple[Box, bool]]:
     """Boxes of a label around a dot inside the area, the nearest first; whether each is far."""
-    for reach in (8.0, 20.0, 34.0, 50.0, 68.0, 90.0):
+    for reach in (9.0, 20.0, 34.0, 50.0, 68.0, 90.0):
         for across, down in ((1, 0), (-1, 0), (1, -1), (1, 1), (-1, -1), (-1, 1), (0, -1), (0, 1)):
             tilt = 0.7 if across and down else 1.0
             middle_x = x + across * (reach * tilt + width / 2)
             middle_y = y + down * (reach * tilt + FONT / 2 - 2)
             left = min(max(middle_x - width / 2, area.left + 2), area.right - width)
             top = min(max(middle_y - FONT / 2, area.top), area.bottom - FONT)
-            yield Box(left, top, left + width, top + FONT), reach > 8.0
+            yield Box(left, top, left + width, top + FONT), reach > 9.0
