@@ -174,9 +174,9 @@ def test_the_command_prints_and_writes(
     result = edgeq(*common, "--questions", tmp_path / "q.jsonl", *outputs)
     assert result.exit_code == 0, result.stderr
     lines = result.stdout.splitlines()
-    assert [line.split()[0] for line in lines[3:6]] == ["F16", "Q8_0", "Q2_K"]
+    assert [line.split()[0] for line in lines[4:7]] == ["F16", "Q8_0", "Q2_K"]
     assert "peak RAM" not in lines[1]
-    assert "0/1" in lines[4]
+    assert "0/1" in lines[5]
     written = json.loads((tmp_path / "c.json").read_text())
     assert [row["name"] for row in written["rows"]] == ["F16", "Q8_0", "Q2_K rtn"]
     page = (tmp_path / "c.html").read_text()
@@ -197,3 +197,18 @@ def test_the_command_refuses_before_work(args: list[str], told: str) -> None:
     result = edgeq("compare", CHECKPOINT, *args)
     assert result.exit_code == 2
     assert told in result.stderr
+
+
+def test_a_narrow_terminal_gets_two_tables(
+    document: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from edgeq.cli import compare as command
+
+    command._print(document)
+    assert capsys.readouterr().out.count("F16 (ref)") == 1
+    monkeypatch.setattr(command, "is_terminal", lambda stream: True)
+    monkeypatch.setenv("COLUMNS", "80")
+    command._print(document)
+    shown = capsys.readouterr().out
+    assert shown.count("F16 (ref)") == 2
+    assert "…" not in shown

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from edgeq.compare import Plan
 
 _FILE = click.Path(exists=True, dir_okay=False)
+_WIDE = 120  # columns that the whole table needs
 _OUT = click.Path(dir_okay=False, allow_dash=True)
 
 
@@ -97,7 +98,7 @@ def command(
         for warning in row["warnings"]:
             note(f"warning: {row['name']}: {warning}")
     if json_out != "-" and html_out != "-":
-        _print(_table(document))
+        _print(document)
     if json_out:
         _write(json_out, json.dumps(document, indent=1))
     if html_out:
@@ -145,27 +146,31 @@ def _write(path: str, text: str) -> None:
         note(f"written: {path}")
 
 
-def _print(table: "Table") -> None:
+def _print(document: dict[str, Any]) -> None:
+    """One table, or on a narrow terminal one of costs and one of quality."""
     from rich.console import Console
 
-    wide = None if is_terminal(sys.stdout) else 200  # a pipe has no width to fit in
-    Console(highlight=False, width=wide).print(table)
+    wide = None if is_terminal(sys.stdout) else _WIDE  # a pipe has no width to fit in
+    console = Console(highlight=False, width=wide)
+    parts = [{**_COSTS, **_QUALITY}] if console.width >= _WIDE else [_COSTS, _QUALITY]
+    for columns in parts:
+        console.print(_table(document, columns))
 
 
-def _table(document: dict[str, Any]) -> "Table":
+def _table(document: dict[str, Any], columns: "Columns") -> "Table":
     from rich import box
     from rich.markup import escape
     from rich.table import Table
 
     rows = document["rows"]
-    columns = [(head, cell) for head, cell in _COLUMNS.items() if any(map(cell, rows))]
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    shown = {head: cell for head, cell in columns.items() if any(map(cell, rows))}
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("recipe", no_wrap=True)
-    for head, _ in columns:
+    for head in shown:
         table.add_column(head, justify="right")
     for row in rows:
-        mark = " (reference)" if row["name"] == document["reference"] else ""
-        cells = (cell(row) or "-" for _, cell in columns)
+        mark = " (ref)" if row["name"] == document["reference"] else ""
+        cells = (cell(row) or "-" for cell in shown.values())
         table.add_row(escape(harmless(row["name"])) + mark, *cells)
     return table
 
@@ -178,13 +183,10 @@ def _speed(row: dict[str, Any], key: str) -> str:
     return f"{row['speed'][key]['value']:.1f}" if row["speed"] else ""
 
 
-def _divergence(row: dict[str, Any], key: str, digits: int) -> str:
+def _divergence(row: dict[str, Any], key: str, digits: int, *parts: str) -> str:
     estimate = row["evaluation"]["divergence"][key]
-    shown = (
-        "-" if estimate[part] is None else f"{estimate[part]:.{digits}f}"
-        for part in ("value", "error")
-    )
-    return " ± ".join(shown)
+    found = (estimate[part] for part in ("value", *parts))
+    return " ± ".join("-" if number is None else f"{number:.{digits}f}" for number in found)
 
 
 def _right(row: dict[str, Any]) -> str:
@@ -196,16 +198,19 @@ def _error(row: dict[str, Any]) -> str:
     return "" if row["relative_rmse"] is None else f"{100 * row['relative_rmse']:.2f}"
 
 
-# Columns without a single entry are left out.
-_COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
-    "MiB": lambda row: _mib(row["size"]),
-    "bits/weight": lambda row: f"{row['bits_per_weight']:.2f}",
-    "peak RAM MiB": lambda row: _mib(row["speed"]["peak_ram"]) if row["speed"] else "",
-    "prompt tok/s": lambda row: _speed(row, "prefill"),
-    "generation tok/s": lambda row: _speed(row, "decode"),
-    "PPL ratio": lambda row: _divergence(row, "ratio", 4),
-    "KL divergence": lambda row: _divergence(row, "kld", 5),
-    "same top %": lambda row: _divergence(row, "same_top", 2),
-    "answers right": _right,
-    "weight error %": _error,
+# Heads and what stands below; a column without a single entry is left out.
+Columns = dict[str, Callable[[dict[str, Any]], str]]
+_COSTS: Columns = {
+    "size\nMiB": lambda row: _mib(row["size"]),
+    "bits per\nweight": lambda row: f"{row['bits_per_weight']:.2f}",
+    "peak RAM\nMiB": lambda row: _mib(row["speed"]["peak_ram"]) if row["speed"] else "",
+    "prompt\ntok/s": lambda row: _speed(row, "prefill"),
+    "answer\ntok/s": lambda row: _speed(row, "decode"),
+}
+_QUALITY: Columns = {
+    "PPL\nratio": lambda row: _divergence(row, "ratio", 4),
+    "KL divergence\nnats": lambda row: _divergence(row, "kld", 5, "error"),
+    "same\ntop %": lambda row: _divergence(row, "same_top", 2),
+    "right\nanswers": _right,
+    "weight\nerror %": _error,
 }
