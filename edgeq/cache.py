@@ -11,7 +11,7 @@ from edgeq.kernels.layout import KV_BITS, TILE_KEYS, kv_blocks, kv_bytes
 from edgeq.kernels.program import aligned
 from edgeq.models.arch import Arch
 
-__all__ = ["KV_TYPES", "KvCache", "allocate", "bytes_per_position", "kv_types", "turn"]
+__all__ = ["KV_TYPES", "KvCache", "allocate", "bytes_per_position", "common", "kv_types", "turn"]
 
 KV_TYPES = tuple(KV_BITS)
 PAGE = 4096  # bytes: no system has smaller pages
@@ -108,3 +108,13 @@ def _too_large(context: int, each: int, available: int) -> ResourceError:
         f"KV cache for context {context} needs {context * each >> 20} MiB, {available >> 20} MiB "
         f"of memory are free: use -c {fits} or less"
     )
+
+
+def common(a: Sequence[int], b: Sequence[int]) -> int:
+    """Length of the common beginning: what a cache that holds `a` has of `b`.
+
+    >>> common([1, 5, 7], [1, 5, 8, 9])
+    2
+    """
+    shorter = min(len(a), len(b))
+    return next((i for i in range(shorter) if a[i] != b[i]), shorter)

@@ -248,7 +248,7 @@ class Model:
                 f"prompt of {len(ids)} tokens, context of {self.ctx} (context_length_exceeded): "
                 "shorten it or raise -c"
             )
-        started, same = perf_counter(), _common(self.seen, ids[:-1])
+        started, same = perf_counter(), cache.common(self.seen, ids[:-1])
         self.seen = self.seen[:same]
         self.stats = Stats(prompt_tokens=len(ids) - same, cached_tokens=same)
         logits = self.feed(ids[same:], logits=True)
@@ -391,10 +391,3 @@ def _count(name: str, given: int | None, usual: int) -> int:
 
 def _given(sampling: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in sampling.items() if value is not None}
-
-
-def _common(a: Sequence[int], b: Sequence[int]) -> int:
-    """Length of the common beginning."""
-    return next(
-        (i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b))
-    )

@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from edgeq import cache
 from edgeq.chat import ChatTemplate, encode_chat, from_gguf
 from edgeq.divergence import likelihood
 from edgeq.errors import FormatError, RequestError, ResourceError
@@ -247,17 +248,14 @@ def _option(
     if template is not None:
         return len(prompt), prompt + model.tokenize(text)
     ids = model.tokenizer.encode(f"{question.question} {text}", bos=True)
-    pairs = zip(prompt, ids[:-1])
-    same = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(prompt), len(ids) - 1))
-    return max(same, 1), ids
+    return max(cache.common(prompt, ids[:-1]), 1), ids
 
 
 def _log_probability(model: "Model", ids: list[int], start: int) -> float:
     """ln p of ids[start:] after the ids before them, of which the cache may hold some."""
     if len(ids) > model.ctx:
         raise RequestError(f"{len(ids)} tokens with a choice, context of {model.ctx}: raise -c")
-    kept = next((i for i, (a, b) in enumerate(zip(model.seen, ids)) if a != b), len(model.seen))
-    kept = min(kept, start - 1)
+    kept = cache.common(model.seen, ids[: start - 1])
     model.rewind(kept)
     found = 0.0
     for logits in model.parts(ids[kept:-1], start - 1 - kept):

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from edgeq.compare import Plan
 
 _FILE = click.Path(exists=True, dir_okay=False)
-_WIDE = 120  # columns that the whole table needs
+_WIDE = 110  # columns that the whole table needs
 _OUT = click.Path(dir_okay=False, allow_dash=True)
 
 
