@@ -56,6 +56,7 @@ def test_what_is_refused(files: Path) -> None:
         ([model], "nothing to do"),
         ([model, "--reference", model, "--questions", files / "q.jsonl"], "needs a text"),
         ([model, "-f", files / "text.txt", "-c", 512], "-c 512: the context holds 256 tokens"),
+        ([model, "-f", files / "text.txt", "-c", 5000], "ctx = 5000: expected a whole number"),
         ([model, "-f", files / "q.jsonl"], "two windows of 256"),
         ([model, "-f", model], "expected a UTF-8 text"),
         ([model, "--questions", files / "text.txt"], "text.txt:1: not JSON"),

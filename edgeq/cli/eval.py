@@ -68,12 +68,15 @@ def command(
         raise click.UsageError("nothing to do: give a text (-f), --questions, or both")
     if reference and not file:
         raise click.UsageError("--reference: needs a text: give one with -f")
+    from edgeq.engine import DEFAULT_CONTEXT
     from edgeq.estimate import plain
     from edgeq.questions import read, summary
 
     asked = read(questions) if questions else []
     text = read_text(file) if file else ""
     options: dict[str, Any] = {"threads": threads, "threads_batch": threads_batch}
+    if ctx is not None and ctx > DEFAULT_CONTEXT:
+        options["ctx"] = ctx
     loads = [(model, {**options, "kv": (cache_type_k, cache_type_v)})]
     loads += [(reference, options)] if reference else []
     document: dict[str, Any] = {"model": model, "reference": reference}
