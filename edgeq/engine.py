@@ -15,7 +15,7 @@ From the folder of a checkout:
 """
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, Unpack
 
@@ -28,23 +28,18 @@ from edgeq.checks import stop_texts, token_ids, whole
 from edgeq.errors import ModelError, RequestError
 from edgeq.gguf import Gguf, open_gguf
 from edgeq.kernels import isa as isas
-from edgeq.kernels import load as load_kernels
-from edgeq.kernels.program import TEAM_KERNELS, Program, Team
-from edgeq.models import rope, weights
-from edgeq.models.transformer import FEW, Transformer
+from edgeq.models import weights
+from edgeq.models.transformer import FEW
+from edgeq.passes import Passes, Progress
 from edgeq.sampler import Sampler
 from edgeq.tokenizer import load_tokenizer
-from edgeq.tuning import tuned
 
 if TYPE_CHECKING:
     from edgeq.models.arch import Arch
 
 __all__ = ["Model", "Stats", "load"]
 
-BATCH = 512  # prompt tokens per pass
-OUTPUTS = 64  # positions per pass when all logits are wanted
 DEFAULT_CONTEXT = 4096  # positions, where the model allows so many and the user asks for none
-Progress = Callable[[str, int, int], None]
 
 
 def load(
@@ -102,41 +97,33 @@ class Model:
             raise ModelError(f"{gguf.path}: no tensors: this file holds no model")
         self.arch: Arch = models.find(gguf.get("general.architecture", str)).arch(gguf)
         self.tokenizer = load_tokenizer(gguf)
-        self._cpus = cpus.find()
-        self.threads = _count("threads", threads, self._cpus.threads)
+        machine = cpus.find()
+        self.threads = _count("threads", threads, machine.threads)
         self.threads_batch = _count("threads_batch", threads_batch, self.threads)
         bound = weights.bind(gguf, self.arch)
         self.warnings = [f"tensor {name} is not used" for name in bound.unused]
         self.kv_types = cache.kv_types(kv)  # of keys, of values
         self.ctx = self._context(ctx)
-        self._frequencies = rope.frequencies(self.arch.rope, bound.rope_freqs)
-        self._magnitude = rope.magnitude(self.arch.rope)
         isa = isas.choose()
         self.isa: str = isa.NAME
         store = cache.allocate(self.arch, self.ctx, self.kv_types, available=memory.available())
         self.kv_bytes = store.nbytes
-        batch = min(BATCH, store.context)
-        outputs = min(OUTPUTS, batch)
-        self._net = Transformer(
+        self._passes = Passes(
             self.arch,
             bound,
             store,
             isa,
-            threads=self._workers,
-            decoders=self.threads,
-            batch=batch,
-            outputs=outputs,
-            tuning=tuned(isa, self.threads, self._cpus.usable, on_compile),
+            ctx=self.ctx,
+            threads=(self.threads, self.threads_batch),
+            machine=machine,
+            on_compile=on_compile,
         )
-        self._batch, self._outputs = batch, outputs
         products = bound.matrices
         self.bytes_per_token = sum(m.data.nbytes for m in products)  # weights that decoding reads
         # A prompt needs the logits of its last token only.
         self.macs_per_token = sum(m.rows * m.cols for m in products if m is not bound.output)
-        self._start(isa, on_compile)
         self.stats = Stats()
-        self.seen: list[int] = []  # tokens whose keys and values are in the cache
-        self._owner: object = None  # the answer that goes on after them
+        self._owner: object = None  # the answer that goes on after what is cached
 
     def _context(self, ctx: int | None) -> int:
         """Positions of the KV cache: as asked for, else what was trained, within reason and RAM."""
@@ -149,33 +136,6 @@ class Model:
             self.warnings.append(f"context of {fits} instead of {wanted}: memory is short")
         return int(max(min(wanted, fits), 1))
 
-    def _start(self, isa: Any, on_compile: Progress | None) -> None:
-        """Compile or load kernels, start threads, assemble the programs."""
-        net = self._net
-        few, many = net.body(many=False), net.body(many=True)
-        few_head, many_head = net.head(many=False), net.head(many=True)
-        names = [op.kernel for op in (*few, *many, *few_head, *many_head)]
-        addresses = load_kernels([*names, *TEAM_KERNELS], isa, on_compile)
-        self._team = Team(isa, self._workers, self._cpus.usable, home=self._cpus.home)
-
-        def program(ops: list[Any], many: bool = False) -> Program:
-            threads = self.threads_batch if many else self.threads
-            return Program(ops, addresses, self._team, threads)
-
-        # (many tokens?, logits of: none, few, many positions)
-        self._programs = {
-            (False, "few"): program(few + few_head),
-            (False, "none"): program(few),
-            (True, "none"): program(many, True),
-            (True, "few"): program(many + few_head, True),
-            (True, "many"): program(many + many_head, True),
-            (True, "head"): program(many_head, True),
-        }
-
-    @property
-    def _workers(self) -> int:
-        return max(self.threads, self.threads_batch)
-
     # -- life --------------------------------------------------------------------------------------
     def __enter__(self) -> "Model":
         return self
@@ -185,7 +145,7 @@ class Model:
 
     def close(self) -> None:
         """Stop the worker threads and unmap the file."""
-        self._team.close()
+        self._passes.close()
         self.gguf.close()
 
     # -- tokens ------------------------------------------------------------------------------------
@@ -198,29 +158,15 @@ class Model:
         return self.tokenizer.decode(ids)
 
     # -- evaluation --------------------------------------------------------------------------------
+    @property
+    def seen(self) -> list[int]:
+        """Tokens whose keys and values are in the cache."""
+        return self._passes.seen
+
     def reset(self) -> None:
         """Forget what is in the KV cache."""
-        self.seen, self._owner = [], None
-
-    def _evaluate(self, ids: Sequence[int], outputs: int) -> NDArray[np.float32]:
-        """Append one batch to the cache; view of the logits of its last `outputs` tokens."""
-        net, n, first = self._net, len(ids), len(self.seen)
-        self._check_room(n)
-        net.ids[:n] = ids
-        net.cos[:n], net.sin[:n] = rope.tables(self._frequencies, self._magnitude, first, n)
-        net.state[:] = n, first
-        net.out_state[0] = outputs
-        net.start()
-        kind = "none" if not outputs else "few" if outputs <= FEW else "many"
-        self._programs[n > FEW, kind].run(interruptible=n > FEW)
-        self.seen.extend(ids)
-        return net.logits[:outputs]
-
-    def _check_room(self, count: int) -> None:
-        """Kernels do not check positions: they would write past the cache."""
-        total = len(self.seen) + count
-        if total > self.ctx:
-            raise RequestError(f"{total} tokens: the context holds {self.ctx}")
+        self.rewind(0)
+        self._owner = None
 
     def feed(self, ids: Sequence[int], *, logits: bool = False) -> NDArray[np.float32]:
         """Append ids to the KV cache, batch by batch; float32 [vocab] after the last if asked for.
@@ -229,12 +175,12 @@ class Model:
         or the context is full.
         """
         ids = token_ids(ids, self.arch.vocab_size) if len(ids) else []
-        self._check_room(len(ids))
+        self._passes.check_room(len(ids))
         self._owner = None
-        out = self._net.logits[:0]
-        for first in range(0, len(ids), self._batch):
-            part = ids[first : first + self._batch]
-            out = self._evaluate(part, int(logits and first + len(part) == len(ids)))
+        out = self._passes.net.logits[:0]
+        for first in range(0, len(ids), self._passes.batch):
+            part = ids[first : first + self._passes.batch]
+            out = self._passes.evaluate(part, int(logits and first + len(part) == len(ids)))
         return out[0] if logits else out
 
     def prompt(self, ids: list[int]) -> NDArray[np.float32]:
@@ -249,7 +195,7 @@ class Model:
                 "shorten it or raise -c"
             )
         started, same = perf_counter(), cache.common(self.seen, ids[:-1])
-        self.seen = self.seen[:same]
+        self.rewind(same)
         self.stats = Stats(prompt_tokens=len(ids) - same, cached_tokens=same)
         logits = self.feed(ids[same:], logits=True)
         self.stats.prompt_seconds = perf_counter() - started
@@ -280,25 +226,17 @@ class Model:
         Each part is overwritten by the next. Raises RequestError as `feed`.
         """
         ids = token_ids(ids, self.arch.vocab_size)
-        self._check_room(len(ids))
+        self._passes.check_room(len(ids))
         self._owner = None
-        for start in range(0, len(ids), self._batch):
-            batch = ids[start : start + self._batch]
-            wanted = range(max(first - start, 0), len(batch), self._outputs)
+        for start in range(0, len(ids), self._passes.batch):
+            batch = ids[start : start + self._passes.batch]
+            wanted = range(max(first - start, 0), len(batch), self._passes.outputs)
             if len(wanted) == 1:
-                yield self._evaluate(batch, len(batch) - wanted.start)
+                yield self._passes.evaluate(batch, len(batch) - wanted.start)
                 continue
-            self._evaluate(batch, 0)
+            self._passes.evaluate(batch, 0)
             for i in wanted:
-                yield self._head(i, min(i + self._outputs, len(batch)))
-
-    def _head(self, start: int, stop: int) -> NDArray[np.float32]:
-        """View of the logits of tokens start..stop of the last batch, whose states are kept."""
-        net = self._net
-        net.state[0], net.out_state[0] = stop, stop - start
-        net.start()
-        self._programs[True, "head"].run(interruptible=True)
-        return net.logits[: stop - start]
+                yield self._passes.head(i, min(i + self._passes.outputs, len(batch)))
 
     def step(self, ids: Sequence[int]) -> NDArray[np.float32]:
         """Append up to FEW tokens; logits [n, vocab], overwritten by the next call.
@@ -307,11 +245,11 @@ class Model:
         """
         ids = token_ids(ids, self.arch.vocab_size)
         whole("tokens of a step", len(ids), 1, FEW)
-        return self._evaluate(ids, len(ids))
+        return self._passes.evaluate(ids, len(ids))
 
     def rewind(self, length: int) -> None:
         """Forget all but the first `length` tokens of the cache."""
-        self.seen = self.seen[:length]
+        self._passes.seen = self.seen[:length]
 
     def claim(self) -> object:
         """Make the caller the owner of the cache; see `owned_by`."""

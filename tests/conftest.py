@@ -44,7 +44,7 @@ def untuned() -> Iterator[None]:
     from edgeq.tuning import Tuning
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("edgeq.engine.tuned", lambda *_: Tuning())
+        patch.setattr("edgeq.passes.tuned", lambda *_: Tuning())
         yield
 
 

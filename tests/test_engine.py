@@ -225,7 +225,7 @@ def interrupt_after(monkeypatch, moment: int):
 
 
 def test_logits_that_are_no_numbers_are_an_error(model: Model, monkeypatch) -> None:
-    monkeypatch.setattr(model._net, "logits", np.full_like(model._net.logits, np.nan))
+    monkeypatch.setattr(model._passes.net, "logits", np.full_like(model._passes.net.logits, np.nan))
     with pytest.raises(ModelError, match="logits"):
         list(model.generate("The", max_tokens=3))
 

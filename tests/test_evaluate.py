@@ -124,9 +124,9 @@ def test_parts_are_the_logits(models: tuple[Model, Model], monkeypatch: pytest.M
     ids = model.tokenize(TEXT)[:150]
     whole = model.logits(ids)
     assert whole.shape == (150, 4096)
-    monkeypatch.setattr(model, "_batch", 70)
+    monkeypatch.setattr(model._passes, "batch", 70)
     for first, outputs in ((0, 64), (40, 33), (69, 1), (100, 7), (149, 64)):
-        monkeypatch.setattr(model, "_outputs", outputs)
+        monkeypatch.setattr(model._passes, "outputs", outputs)
         model.reset()
         parts = [part.copy() for part in model.parts(ids, first)]
         assert max(map(len, parts)) <= outputs

@@ -29,6 +29,7 @@ LAYERS = [
         "answer",
         "draft",
         "engine",
+        "passes",
         "chat",
         "pipeline",
         "sources",

@@ -119,12 +119,14 @@ def test_every_choice_gives_the_same_answer(
 ) -> None:
     """And a loaded model uses what was found."""
     path = edgeq.convert(EXAMPLE, tmp_path / "tiny.gguf", "Q4_K_M")
-    engine, results = importlib.import_module("edgeq.engine"), []
+    passes, results = importlib.import_module("edgeq.passes"), []
     for choice in (DEFAULT, Tuning(0, 16), Tuning(8192, 7)):
-        monkeypatch.setattr(engine, "tuned", lambda *_, choice=choice: choice)
+        monkeypatch.setattr(passes, "tuned", lambda *_, choice=choice: choice)
         with edgeq.load(path, threads=2) as model:
-            assert model._net.tuning == choice
-            products = [op for op in model._net.body(many=False) if op.kernel.startswith("matvec")]
+            assert model._passes.net.tuning == choice
+            products = [
+                op for op in model._passes.net.body(many=False) if op.kernel.startswith("matvec")
+            ]
             at = [layout.MATMUL.index(name) for name in ("ahead", "chunk", "rows")]
             for ahead, chunk, rows in (op.args[at].tolist() for op in products):
                 assert (ahead, chunk) == (choice.ahead, choice.turn(rows, 2))
