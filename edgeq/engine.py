@@ -15,7 +15,7 @@ From the folder of a checkout:
 """
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, Unpack
 
@@ -155,13 +155,9 @@ class Model:
         few, many = net.body(many=False), net.body(many=True)
         few_head, many_head = net.head(many=False), net.head(many=True)
         names = [op.kernel for op in (*few, *many, *few_head, *many_head)]
-        addresses = load_kernels([*names, *TEAM_KERNELS], isa, on_compile)
+        self._kernels = load_kernels([*names, *TEAM_KERNELS], isa, on_compile)
         self._team = Team(isa, self._workers, self._cpus.usable, home=self._cpus.home)
-
-        def program(ops: list[Any], many: bool = False) -> Program:
-            threads = self.threads_batch if many else self.threads
-            return Program(ops, addresses, self._team, threads)
-
+        program = self._program
         # (many tokens?, logits of: none, few, many positions)
         self._programs = {
             (False, "few"): program(few + few_head),
@@ -170,6 +166,10 @@ class Model:
             (True, "few"): program(many + few_head, True),
             (True, "many"): program(many + many_head, True),
         }
+
+    def _program(self, ops: list[Any], many: bool = False) -> Program:
+        threads = self.threads_batch if many else self.threads
+        return Program(ops, self._kernels, self._team, threads)
 
     @property
     def _workers(self) -> int:
@@ -203,6 +203,15 @@ class Model:
 
     def _evaluate(self, ids: Sequence[int], outputs: int) -> NDArray[np.float32]:
         """Append one batch to the cache; view of the logits of its last `outputs` tokens."""
+        many = len(ids) > FEW
+        self._place(ids, outputs)
+        kind = "none" if not outputs else "few" if outputs <= FEW else "many"
+        self._programs[many, kind].run(interruptible=many)
+        self.seen.extend(ids)
+        return self._net.logits[:outputs]
+
+    def _place(self, ids: Sequence[int], outputs: int) -> None:
+        """Say to the next program which tokens it is about, after those of the cache."""
         net, n, first = self._net, len(ids), len(self.seen)
         self._check_room(n)
         net.ids[:n] = ids
@@ -210,10 +219,28 @@ class Model:
         net.state[:] = n, first
         net.out_state[0] = outputs
         net.start()
-        kind = "none" if not outputs else "few" if outputs <= FEW else "many"
-        self._programs[n > FEW, kind].run(interruptible=n > FEW)
-        self.seen.extend(ids)
-        return net.logits[:outputs]
+
+    def inputs(
+        self, ids: Sequence[int], wanted: Collection[str] | None = None
+    ) -> Iterator[tuple[tuple[str, ...], NDArray[np.float32]]]:
+        """Read ids from position 0 and watch: names of the weights that share an input, and this
+        input, float32 [n, n_in], in the order of the model, batch by batch.
+
+        wanted: only of these weights, running the model no further than they need. An array is
+        valid until the next one; the KV cache is empty afterwards. Raises RequestError as `logits`.
+        """
+        ids = token_ids(ids, self.arch.vocab_size)
+        self.reset()
+        self._check_room(len(ids))
+        pieces = [(self._program(ops, True), of, x) for ops, of, x in self._net.watched(wanted)]
+        for first in range(0, len(ids), self._batch):
+            part = ids[first : first + self._batch]
+            self._place(part, 0)
+            for program, names, x in pieces:
+                program.run()
+                yield names, x[: len(part)]
+            self.seen.extend(part)
+        self.reset()
 
     def _check_room(self, count: int) -> None:
         """Kernels do not check positions: they would write past the cache."""
