@@ -19,7 +19,7 @@ from edgeq import blocks
 from edgeq.errors import FormatError, RequestError
 from edgeq.gguf import Gguf, GgufWriter, TensorSpec, open_gguf
 
-__all__ = ["Hessians", "read", "specs", "write"]
+__all__ = ["Hessians", "read", "specs", "tensor_name", "write"]
 
 Array = NDArray[np.float32]
 
@@ -57,12 +57,17 @@ class Hessians:
         """
         if weight not in self.weights:
             return None
-        name = self.weights[weight] + _SUFFIX
+        name = tensor_name(self.weights[weight])
         found = self._gguf.tensor(name).view("<f4").astype(np.float32)
         # A sum is finite only if all of its terms are: no second array of this size.
         if not np.isfinite(found.sum(dtype=np.float64)) or not (found.diagonal() >= 0).all():
             raise FormatError(f"{self.path}: tensor {name}: expected finite means of x xᵀ")
         return found
+
+
+def tensor_name(weight: str) -> str:
+    """Name of the tensor that a file keeps under the first weight of a group."""
+    return weight + _SUFFIX
 
 
 def read(path: Path | str) -> Hessians:
@@ -96,10 +101,10 @@ def _stored(gguf: Gguf) -> dict[str, str]:
         counts = f"{len(weights)} names in hessian.weights, {len(stored)} in hessian.stored"
         raise FormatError(f"{gguf.path}: {counts}: expected as many")
     for name in dict.fromkeys(stored):
-        info = gguf.tensors.get(name + _SUFFIX)
+        info = gguf.tensors.get(tensor_name(name))
         square = info is not None and len(info.shape) == 2 and info.shape[0] == info.shape[1]
         if info is None or not square or info.format.name != "F32":
-            raise FormatError(f"{gguf.path}: {name}{_SUFFIX}: expected a square F32 tensor")
+            raise FormatError(f"{gguf.path}: {tensor_name(name)}: expected a square F32 tensor")
     return dict(zip(weights, stored, strict=True))
 
 
@@ -115,7 +120,7 @@ def specs(
         "hessian.stored": [names[0] for names, _ in groups for _ in names],
         "hessian.tokens": np.uint64(tokens),
     }
-    return metadata, [TensorSpec(names[0] + _SUFFIX, (n, n), f32) for names, n in groups]
+    return metadata, [TensorSpec(tensor_name(names[0]), (n, n), f32) for names, n in groups]
 
 
 def write(
@@ -136,4 +141,4 @@ def write(
     metadata, tensors = specs([(names, len(h)) for names, h in matrices.items()], tokens)
     with GgufWriter(path, metadata, tensors, force=force) as writer:
         for names, h in matrices.items():
-            writer.write(names[0] + _SUFFIX, h.astype(np.float32))
+            writer.write(tensor_name(names[0]), h.astype(np.float32))

@@ -27,6 +27,7 @@ LAYERS = [
     {"models", "tokenizer", "sampler", "cache", "quantizers", "recipe", "sandbox", "tuning"},
     {
         "answer",
+        "calibration",
         "draft",
         "engine",
         "chat",
