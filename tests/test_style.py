@@ -34,6 +34,7 @@ LAYERS = [
         "pipeline",
         "sources",
         "evaluate",
+        "importance",
         "bench",
         "hub",
         "limits",

@@ -17,7 +17,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeq.errors import ResourceError
+from edgeq.errors import ModelError, ResourceError
 
 __all__ = ["State"]
 
@@ -77,6 +77,10 @@ class State:
         error: BaseException | None,
         at: TracebackType | None,
     ) -> None:
+        # What fails by itself would fail again; and without progress nothing is worth keeping.
+        saved = (self.folder / _PROGRESS).exists()
+        if error is not None and (isinstance(error, ModelError) or not saved):
+            self.remove()
         os.close(self._fd)
 
     def save(self, arrays: Arrays) -> None:
