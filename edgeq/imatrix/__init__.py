@@ -68,11 +68,14 @@ def merge(parts: Sequence[Imatrix]) -> Imatrix:
     counts: dict[str, NDArray[np.float64]] = {}
     for part in parts:
         for name, values in part.sums.items():
-            if name in sums and sums[name].shape != values.shape:
+            if name in sums and sums[name].size != values.size:
                 shapes = f"{list(sums[name].shape)} and {list(values.shape)}"
                 raise RequestError(f"merge: {name} has shapes {shapes}: expected the same model's")
-            sums[name] = sums.get(name, 0) + values.astype(np.float64)
-            counts[name] = counts.get(name, 0) + part.counts[name].astype(np.float64)
+            # A .dat file does not tell experts apart: what it counted holds for each of them.
+            n_mat = max(len(values), len(sums.get(name, values)))
+            old = sums[name].reshape(n_mat, -1) if name in sums else 0
+            sums[name] = old + values.astype(np.float64).reshape(n_mat, -1)
+            counts[name] = np.zeros(n_mat) + counts.get(name, 0) + part.counts[name]
     size = parts[0].chunk_size
     return Imatrix(
         {name: values.astype(np.float32) for name, values in sums.items()},

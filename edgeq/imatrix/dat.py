@@ -37,11 +37,13 @@ class Content(NamedTuple):
 
 
 def looks_like(path: Path) -> bool:
-    """Whether a file ends in .dat and does not begin as GGUF does."""
-    if path.suffix != ".dat" or not path.is_file():
+    """Whether a file begins as such a file does: such files have all kinds of names."""
+    if not path.is_file():
         return False
     with path.open("rb") as file:
-        return file.read(4) != b"GGUF"
+        start = file.read(8)
+    entries, length = struct.unpack("<2i", start.ljust(8, b"\0"))
+    return 1 <= entries <= MAX_ENTRIES and 1 <= length <= MAX_NAME
 
 
 class _Reader:
