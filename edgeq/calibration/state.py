@@ -126,7 +126,7 @@ class State:
 
     def _read(self, path: Path) -> dict[str, NDArray[Any]]:
         try:
-            with np.load(path, allow_pickle=False) as found:
+            with path.open("rb") as file, np.load(file, allow_pickle=False) as found:
                 return {name: found[name] for name in found.files}
         except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
             advice = f"remove {self.folder} and start again"

@@ -42,7 +42,7 @@ def looks_like(path: Path) -> bool:
         return False
     with path.open("rb") as file:
         start = file.read(8)
-    entries, length = struct.unpack("<2i", start.ljust(8, b"\0"))
+    entries, length = (int.from_bytes(part, "little") for part in (start[:4], start[4:]))
     return 1 <= entries <= MAX_ENTRIES and 1 <= length <= MAX_NAME
 
 
