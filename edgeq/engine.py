@@ -15,7 +15,7 @@ From the folder of a checkout:
 """
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, Unpack
 
@@ -167,6 +167,21 @@ class Model:
         """Forget what is in the KV cache."""
         self.rewind(0)
         self._owner = None
+
+    def inputs(
+        self, ids: Sequence[int], wanted: Collection[str] | None = None
+    ) -> Iterator[tuple[tuple[str, ...], NDArray[np.float32]]]:
+        """Read ids from position 0 and watch: names of the weights that share an input, and this
+        input, float32 [n, n_in], in the order of the model, batch by batch.
+
+        wanted: only of these weights, running the model no further than they need. An array is
+        valid until the next one; the KV cache is empty afterwards. Raises RequestError as `logits`.
+        """
+        ids = token_ids(ids, self.arch.vocab_size)
+        self.reset()
+        self._passes.check_room(len(ids))
+        yield from self._passes.inputs(ids, wanted)
+        self.reset()
 
     def feed(self, ids: Sequence[int], *, logits: bool = False) -> NDArray[np.float32]:
         """Append ids to the KV cache, batch by batch; float32 [vocab] after the last if asked for.

@@ -2,7 +2,7 @@
 threads that walk them.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from types import ModuleType
 
 import numpy as np
@@ -115,6 +115,20 @@ class Passes:
         net.start()
         self._programs[True, "head"].run(interruptible=True)
         return net.logits[: stop - start]
+
+    def inputs(
+        self, ids: Sequence[int], wanted: Collection[str] | None
+    ) -> Iterator[tuple[tuple[str, ...], NDArray[np.float32]]]:
+        """Append ids to the cache, piece by piece: see `Model.inputs`."""
+        watched = self.net.watched(wanted)
+        pieces = [(self._program(ops, many=True), names, x) for ops, names, x in watched]
+        for first in range(0, len(ids), self.batch):
+            part = ids[first : first + self.batch]
+            self._place(part, 0)
+            for program, names, x in pieces:
+                program.run()
+                yield names, x[: len(part)]
+            self.seen.extend(part)
 
     def check_room(self, count: int) -> None:
         """Refuse more tokens than the context holds: kernels do not check positions, they would

@@ -24,17 +24,15 @@ from edgeq import blocks
 from edgeq.blocks import BlockFormat
 from edgeq.errors import ModelError, RequestError
 from edgeq.gguf import GgufWriter, TensorSpec
+from edgeq.importance import Given, resolve
 from edgeq.quantizers import available, find, quantize
 from edgeq.recipe import Recipe, assign, recipes
 from edgeq.sources import Source, open_source
-from edgeq.text import printable
 
 __all__ = ["ConversionReport", "TensorReport", "convert", "run"]
 
 # (bytes finished, bytes in all, name of the tensor at hand)
 Progress = Callable[[int, int, str], None]
-Importance = Mapping[str, NDArray[np.float32]]
-
 _CHUNK = 1 << 22  # weights per step: about 0.3 s, after which Ctrl-C is noticed
 _SAMPLED_ROWS = 8  # per step, for the error in the report
 _QUANTIZATION_VERSION = 2  # of ggml's block layouts
@@ -75,7 +73,7 @@ def convert(
     recipe: "str | Path | Recipe" = "Q4_K_M",
     *,
     method: str = "search",
-    importance: Importance | None = None,
+    importance: Given | None = None,
     force: bool = False,
     threads: int | None = None,
     progress: Progress | None = None,
@@ -105,7 +103,7 @@ def run(
     recipe: "str | Path | Recipe" = "Q4_K_M",
     *,
     method: str = "search",
-    importance: Importance | None = None,
+    importance: Given | None = None,
     force: bool = False,
     threads: int | None = None,
     progress: Progress | None = None,
@@ -116,7 +114,8 @@ def run(
     out: file to write, or a folder for `<name>-<RECIPE>.gguf`; by default the current folder.
     recipe: name such as "Q4_K_M", or path of a recipe file.
     method: file name in edgeq/quantizers/. threads: for quantizing; by default all cores.
-    importance: GGUF tensor name -> mean square activation of each column, float32 [cols].
+    importance: GGUF tensor name -> mean square activation of each column, float32 [cols], of
+    experts [n_mat, cols]; an `edgeq.imatrix.Imatrix`, or the path of an importance matrix.
     force: replace an existing file. progress: called after each step.
     allow_requantize: accept a source that is quantized already.
 
@@ -129,9 +128,11 @@ def run(
     with contextlib.closing(source):
         path = _output_path(source, mixture, out)
         specs = _specs(source, mixture, importance is not None)
-        encoder = _Encoder(method, _checked(importance or {}, source), threads)
+        weighted = resolve(importance, source.shapes, source.path)
+        warnings = weighted.missing([spec.name for spec in specs if spec.format.value != "x"])
+        encoder = _Encoder(method, weighted.values, threads)
         encoder.check()
-        metadata = {**source.metadata(), **_file_keys(mixture)}
+        metadata = {**source.metadata(), **_file_keys(mixture), **weighted.metadata}
         with GgufWriter(path, metadata, specs, force=force) as writer:
             tensors = tuple(_write_all(source, specs, encoder, writer, progress))
     weights = sum(math.prod(tensor.shape) for tensor in tensors)
@@ -143,7 +144,7 @@ def run(
         relative_rmse=_total_error(tensors),
         seconds=time.monotonic() - started,
         tensors=tensors,
-        warnings=tuple(source.warnings),
+        warnings=(*source.warnings, *warnings),
     )
 
 
@@ -183,31 +184,12 @@ def _specs(source: Source, recipe: Recipe, importance: bool) -> list[TensorSpec]
     ]
 
 
-def _checked(importance: Importance, source: Source) -> Importance:
-    unknown = sorted(str(name) for name in importance if name not in source.shapes)
-    if unknown:
-        names = ", ".join(printable(name) for name in unknown[:5]) + ", ..." * (len(unknown) > 5)
-        raise RequestError(
-            f"importance: {source.path} has no tensor {names}: expected names as "
-            "`edgeq inspect --tensors` shows them"
-        )
-    for name, shape in source.shapes.items():
-        values = np.asarray(importance.get(name, 0.0))
-        fits = values.shape in ((), shape[-1:]) and np.isfinite(values).all()
-        if not fits or values.min() < 0:
-            raise RequestError(
-                f"importance of {name}: shape {values.shape}: expected {shape[-1]} finite numbers "
-                ">= 0, one for each column"
-            )
-    return importance
-
-
 @dataclass(frozen=True, slots=True)
 class _Encoder:
     """From float32 rows to the bytes of a format."""
 
     method: str
-    importance: Importance
+    importance: Mapping[str, NDArray[np.float32]]
     threads: int | None
 
     def check(self) -> None:
@@ -222,12 +204,27 @@ class _Encoder:
         if spec.format.name == "F32":
             return np.ascontiguousarray(w).view(np.uint8)
         weights = self.importance.get(spec.name)
+        if weights is not None and weights.ndim == 2:  # one row of weights for each expert
+            return self._experts(spec, start, w, weights)
         # Floats are all the same to every method; "rtn" spares the import of compiled code.
         method = "rtn" if spec.format.value == "x" else self.method
         try:
             return quantize(w, spec.format, weights, method, self.threads)
         except RequestError as error:  # settings are checked: it is about the values
             raise ModelError(f"{spec.name}, rows from {start} on: {error}") from error
+
+    def _experts(
+        self, spec: TensorSpec, start: int, w: NDArray[np.float32], weights: NDArray[np.float32]
+    ) -> NDArray[np.uint8]:
+        """Rows from `start` on of a tensor [n_mat, rows, cols], each with weights of its expert."""
+        rows, done, parts = spec.shape[-2], 0, list[NDArray[np.uint8]]()
+        while done < len(w):
+            expert, row = divmod(start + done, rows)
+            stop = min(done + rows - row, len(w))
+            one = dataclasses.replace(self, importance={spec.name: weights[expert]})
+            parts.append(one(spec, start + done, w[done:stop]))
+            done = stop
+        return np.concatenate(parts)
 
 
 def _write_all(

@@ -27,7 +27,9 @@ def test_help_lists_every_command_with_its_first_line() -> None:
         assert f" {file.stem} {summary}" in shown
 
 
-@pytest.mark.parametrize("name", ["bench", "compare", "convert", "eval", "inspect", "run"])
+@pytest.mark.parametrize(
+    "name", ["bench", "calibrate", "compare", "convert", "eval", "inspect", "run"]
+)
 def test_every_command_explains_itself(name: str) -> None:
     result = edgeq(name, "--help")
     assert result.exit_code == 0

@@ -271,19 +271,6 @@ def test_values_beyond_f16_are_named(tmp_path: Path) -> None:
         convert(source, tmp_path / "out.gguf", "F16")
 
 
-@pytest.mark.parametrize("bad", [np.ones(3), np.full(64, np.nan), np.full(64, -1.0)])
-def test_importance_must_fit(checkpoint: Path, tmp_path: Path, bad: NDArray[np.float64]) -> None:
-    with pytest.raises(RequestError, match=r"importance of blk\.0\.ffn_up\.weight"):
-        convert(checkpoint, tmp_path / "o.gguf", "F16", importance={"blk.0.ffn_up.weight": bad})
-
-
-def test_importance_of_unknown_tensors(checkpoint: Path, tmp_path: Path) -> None:
-    given = {"blk.0.ffn_up.wieght": np.ones(64, np.float32), "x": np.ones(1, np.float32)}
-    with pytest.raises(RequestError, match=r"has no tensor blk\.0\.ffn_up\.wieght, x: expected"):
-        convert(checkpoint, tmp_path / "o.gguf", "F16", importance=given)
-    assert list(tmp_path.glob("o.gguf*")) == []
-
-
 @pytest.mark.parametrize("settings", [{"method": "magic"}, {"threads": 0}])
 def test_settings_are_checked_before_work(
     checkpoint: Path, tmp_path: Path, settings: dict[str, Any]

@@ -26,6 +26,12 @@ _STARTING = "starting (first use compiles)"
     default="search",
     help="Quantizer: search, or rtn (plain rounding, needs no compiler). [search]",
 )
+@click.option(
+    "--imatrix",
+    type=click.Path(),
+    metavar="FILE",
+    help="Importance matrix of edgeq calibrate or llama-imatrix: which columns matter.",
+)
 @click.option("--force", is_flag=True, help="Replace an existing file.")
 @click.option("--threads", type=click.IntRange(1), help="Threads for quantizing. [one per core]")
 @click.option("--allow-requantize", is_flag=True, help="Accept a source already quantized.")
@@ -35,6 +41,7 @@ def command(
     out: str | None,
     recipe: str,
     method: str,
+    imatrix: str | None,
     force: bool,
     threads: int | None,
     allow_requantize: bool,
@@ -54,6 +61,7 @@ def command(
             out,
             recipe,
             method=method,
+            importance=imatrix,
             force=force,
             threads=threads,
             progress=advance,

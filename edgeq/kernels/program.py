@@ -64,6 +64,7 @@ class Op:
     args: np.ndarray
     barrier: bool = True
     within: tuple["Op", ...] = ()  # ops whose argument blocks `args` names, and which it replaces
+    feeds: tuple[str, ...] = ()  # weights whose input is complete after it, for who watches
 
 
 class Program:

@@ -1,6 +1,7 @@
 """Inputs of matrix products: activations as f32 and as int8 with their scales and sums."""
 
 import numpy as np
+from numpy.typing import NDArray
 
 from edgeq.kernels.program import aligned
 
@@ -25,6 +26,7 @@ class Inputs:
 
     def __init__(self, rows: int, width: int, copies: int = 1) -> None:
         values = rows * -(-width // 32) * 32
+        self._rows = rows
         self._places: dict[str, int] = {}
         size = 0
         for name, each in PARTS.items():
@@ -37,3 +39,8 @@ class Inputs:
         """Address of a part, in the first copy."""
         start: np.ndarray = self._memory[self._places[name] :]
         return int(start.ctypes.data)
+
+    def floats(self, cols: int) -> NDArray[np.float32]:
+        """View of the activations as f32 [rows, cols], in the first copy."""
+        start: NDArray[np.uint8] = self._memory[self._places["h"] :]
+        return start[: 4 * self._rows * cols].view(np.float32).reshape(self._rows, cols)

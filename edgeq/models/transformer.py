@@ -7,12 +7,13 @@ prepared once (int8 with a scale per 32) and shared by its readers.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from itertools import cycle
 from types import ModuleType
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from edgeq.cache import KvCache
 from edgeq.kernels import layout
@@ -29,6 +30,9 @@ FEW = 7  # up to so many tokens weights are streamed row by row; above, panels a
 PANEL_BYTES = 192 * 1024  # unpacked panels that a thread keeps in its L2 cache
 DECODE_QUERIES = (1, 2, 4, 8)  # widths of the attention tile
 PROMPT_QUERIES = 16
+
+# Ops to walk, weights whose input is complete then, a view of it: f32 [tokens, cols].
+Watched = tuple[list[Op], tuple[str, ...], NDArray[np.float32]]
 
 
 class Transformer:
@@ -145,6 +149,23 @@ class Transformer:
         product = self._product(output, target, output.rows, many, state=self.out_state)
         return [gather, norm, product]
 
+    def watched(self, wanted: Collection[str] | None = None) -> list[Watched]:
+        """The body for many tokens, cut after each op that completes the input of wanted weights,
+        by default all; nothing after the last. The output matrix has the input that all tokens
+        would give it.
+        """
+        output = self.weights.output
+        cols = {m.name: m.cols for m in self.weights.matrices}
+        pieces, ops = list[Watched](), list[Op]()
+        last = self._norm("x", self.weights.output_norm, [output], many=True)
+        for op in [*self.body(many=True), last]:
+            ops.append(op)
+            names = tuple(name for name in op.feeds if wanted is None or name in wanted)
+            if names:
+                pieces.append((ops, names, self._shared.floats(cols[names[0]])))
+                ops = []
+        return pieces
+
     def _attention(self, layer: Layer, index: int, many: bool) -> list[Op]:
         a = self.arch
         inputs = [layer.attn_q, layer.attn_k, layer.attn_v]
@@ -157,7 +178,8 @@ class Transformer:
         ready = [] if plain else [self._prepare(mixed, [m], m.cols, many)]
         out = self._product(m, self._at("x"), a.embedding_length, many, add=True, shared=plain)
         norm = self._norm("x", layer.attn_norm, inputs, many)
-        return [norm, *products, self._rope(layer, index), self._attend(index, many), *ready, out]
+        attend = self._attend(index, many, (m.name,) if plain else ())
+        return [norm, *products, self._rope(layer, index), attend, *ready, out]
 
     def _feed_forward(self, layer: Layer, many: bool) -> list[Op]:
         inputs, width = [layer.ffn_gate, layer.ffn_up], self.arch.feed_forward_length
@@ -229,7 +251,8 @@ class Transformer:
             private=to.private,
         )
         barrier = to is self._shared
-        return Op(f"prepare/{self.isa.TILE_COLS if many else 1}", args, barrier)
+        feeds = tuple(m.name for m in readers)
+        return Op(f"prepare/{self.isa.TILE_COLS if many else 1}", args, barrier, feeds=feeds)
 
     def _product(
         self,
@@ -311,7 +334,7 @@ class Transformer:
         )
         return Op(f"rope/{'.'.join(self.kv.types)}", args)
 
-    def _attend(self, index: int, many: bool) -> Op:
+    def _attend(self, index: int, many: bool, feeds: tuple[str, ...]) -> Op:
         """A prompt's work items see all keys, those of few tokens one range of them each."""
         scratch = {"scratch": _address(self._scratch), "scratch_bytes": self._scratch_bytes}
         args = arguments(
@@ -325,7 +348,7 @@ class Transformer:
             done=self._at("done"),
         )
         queries = PROMPT_QUERIES if many else self._queries
-        return Op(f"attend/{queries}.{'.'.join(self.kv.types)}", args)
+        return Op(f"attend/{queries}.{'.'.join(self.kv.types)}", args, feeds=feeds)
 
 
 def _address(array: Any) -> int:
