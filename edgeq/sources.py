@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 from edgeq import blocks, models
 from edgeq.checkpoint import PICKLES, Checkpoint, open_checkpoint
 from edgeq.checkpoint.card import card_metadata, sampling_metadata, source_name
-from edgeq.checkpoint.float8 import check_quantization
 from edgeq.checkpoint.names import gguf_names
 from edgeq.checkpoint.safetensors import first_nonfinite, to_float32
 from edgeq.errors import ModelError, RequestError, ResourceError
@@ -80,7 +79,6 @@ class CheckpointSource:
 
     def _prepare(self, checkpoint: Checkpoint) -> None:
         config = checkpoint.config
-        check_quantization(config)
         self._module = models.by_hf(_architectures(config))
         self._keys = self._module.metadata(config)
         self._extra = self._module.extra_tensors(config)
@@ -96,7 +94,7 @@ class CheckpointSource:
         _check_complete(self.shapes, self.model.block_count, self.path)
         self.row_step = _head_dim(self._keys)
         _check_shapes(self.shapes, _expected_shapes(self._keys, config), self.path)
-        self.files = sorted({tensor.file for tensor in checkpoint.tensors.values()})
+        self.files = checkpoint.files
 
     def _names(self, checkpoint: Checkpoint) -> dict[str, str]:
         """GGUF name -> HF name of the tensors to store."""
