@@ -24,6 +24,7 @@ from edgeq import blocks
 from edgeq.blocks import BlockFormat
 from edgeq.errors import ModelError, RequestError
 from edgeq.gguf import GgufWriter, TensorSpec
+from edgeq.grid import Grid, Ready
 from edgeq.quantizers import available, find, quantize
 from edgeq.recipe import Recipe, assign, recipes
 from edgeq.sources import Source, open_source
@@ -50,6 +51,7 @@ class TensorReport:
     nbytes: int
     relative_rmse: float  # sqrt(sum (stored - w)^2 / sum w^2) over a sample of rows
     mean_square: float  # of the weights in that sample
+    kept: bool = False  # the source's own integers, not quantized again
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,7 +219,37 @@ class _Encoder:
         if self.threads is not None and self.threads < 1:
             raise RequestError(f"threads = {self.threads}: expected at least 1")
 
-    def __call__(self, spec: TensorSpec, start: int, w: NDArray[np.float32]) -> NDArray[np.uint8]:
+    def __call__(self, spec: TensorSpec, chunk: "_Chunk") -> "_Encoded":
+        """Bytes of some rows of a tensor. Raises ModelError."""
+        if chunk.raw is not None:
+            return _Encoded(chunk.raw, True)
+        assert chunk.w is not None
+        ready = self._ready(spec.format, chunk.w, chunk.grid)
+        if ready is None:
+            return _Encoded(self._quantize(spec, chunk.start, chunk.w), False)
+        kept = find(self.method).pack(ready.fields, spec.format)
+        if ready.exact.all():
+            return _Encoded(kept, True)
+        others = self._quantize(spec, chunk.start, chunk.w)
+        shape = (*ready.exact.shape, -1)
+        both = np.where(ready.exact[..., None], kept.reshape(shape), others.reshape(shape))
+        return _Encoded(both.reshape(kept.shape), False)
+
+    def _ready(
+        self, fmt: BlockFormat, w: NDArray[np.float32], grid: Grid | None
+    ) -> Ready | None:
+        """Blocks that need no search, because the source holds integers that the format has."""
+        if grid is not None:
+            return grid.fields(fmt)
+        if self.method == "rtn" or fmt.value == "x":  # rtn: what rounding alone gives
+            return None
+        from edgeq.quantizers.search.lattice import find_grid
+
+        return find_grid(w, fmt)
+
+    def _quantize(
+        self, spec: TensorSpec, start: int, w: NDArray[np.float32]
+    ) -> NDArray[np.uint8]:
         """Bytes [n, row_bytes] of rows w [n, cols] from row `start` on. Raises ModelError."""
         if spec.format.name == "F32":
             return np.ascontiguousarray(w).view(np.uint8)
@@ -262,33 +294,50 @@ def _write_one(
     rows, cols = _matrix(spec.shape)
     packed = np.empty((rows, blocks.row_bytes(spec.format, cols)), np.uint8)
     sample = _Sample()
-    stop = 0
+    stop, kept = 0, True
     while stop < rows:
-        start, stop, w = next(chunks)
-        packed[start:stop] = encode(spec, start, w)
-        sample.add(w, packed[start:stop], spec.format)
+        chunk = next(chunks)
+        start, stop = chunk.start, chunk.stop
+        packed[start:stop], whole = encode(spec, chunk)
+        kept = kept and whole
+        sample.add(chunk.w, packed[start:stop], spec.format)
         advance((stop - start) * packed.shape[1], spec.name)
     writer.write(spec.name, packed)
-    error, mean_square = sample.result()
-    return TensorReport(spec.name, spec.shape, spec.format.name, packed.nbytes, error, mean_square)
+    return TensorReport(
+        spec.name, spec.shape, spec.format.name, packed.nbytes, *sample.result(), kept
+    )
+
+
+class _Encoded(NamedTuple):
+    """Packed rows uint8 [n, row_bytes]; kept: all of them are integers of the source."""
+
+    packed: NDArray[np.uint8]
+    kept: bool
 
 
 class _Chunk(NamedTuple):
-    """Rows start..stop of a tensor; w: [stop - start, cols]."""
+    """Rows start..stop of a tensor as the source has them: bytes, or weights (and their grid)."""
 
     start: int
     stop: int
-    w: NDArray[np.float32]
+    raw: NDArray[np.uint8] | None = None  # in the format to write
+    w: NDArray[np.float32] | None = None  # [stop - start, cols]
+    grid: Grid | None = None
 
 
 def _read_ahead(source: Source, specs: list[TensorSpec]) -> Generator[_Chunk, None, None]:
     """All rows of all tensors in order; a thread reads the next ones meanwhile."""
 
-    def read(name: str, start: int, stop: int) -> _Chunk:
-        return _Chunk(start, stop, source.read(name, start, stop))
+    def read(spec: TensorSpec, start: int, stop: int) -> _Chunk:
+        raw = source.copy(spec.name, spec.format, start, stop)
+        if raw is not None:
+            return _Chunk(start, stop, raw)
+        grid = source.grid(spec.name, start, stop)
+        w = source.read(spec.name, start, stop) if grid is None else grid.values()
+        return _Chunk(start, stop, None, w, grid)
 
     steps = [
-        (spec.name, start, stop)
+        (spec, start, stop)
         for spec in specs
         for start, stop in _ranges(spec.shape, source.row_step)
     ]
@@ -326,10 +375,13 @@ class _Sample:
         self._error = self._square = 0.0
         self._count = 0
 
-    def add(self, w: NDArray[np.float32], packed: NDArray[np.uint8], fmt: BlockFormat) -> None:
-        """Compare some rows of w [n, cols] with packed [n, row_bytes]."""
-        some = slice(None, None, max(len(w) // _SAMPLED_ROWS, 1))
-        exact = w[some].astype(np.float64)
+    def add(
+        self, w: NDArray[np.float32] | None, packed: NDArray[np.uint8], fmt: BlockFormat
+    ) -> None:
+        """Compare some rows of w [n, cols] with packed [n, row_bytes]; None: they are the same."""
+        some = slice(None, None, max(len(packed) // _SAMPLED_ROWS, 1))
+        w = blocks.decode(packed[some], fmt) if w is None else w[some]
+        exact = w.astype(np.float64)
         self._square += float(np.square(exact).sum())
         self._count += exact.size
         if fmt.name != "F32":

@@ -15,13 +15,15 @@ __all__ = ["find_grid"]
 
 BLOCK = 32
 LOW, HIGH = -8, 7
+SAMPLES = 64
 INSIDE = 1 - 2.0**-20  # of the way to a number halfway between two bfloat16
 
 
 @kernel
-def fit(x, k, scales):
+def fit(x, power, odd, k, scales):
     """Grids through x float32 [blocks, 32]: k int8 [blocks, 32], scales float64 [blocks, 3].
 
+    power and odd [blocks, 32]: of two, not above each |x|; whether bfloat16 x ends in a bit 1.
     The scales are the best one and the ends of the range that the rounding of x leaves; all 0
     where there is no grid. The largest weight is a whole multiple of the scale: each is tried, -8
     first as in Q4_0. Chance rarely lets the first few weights pass, and never 32.
@@ -49,10 +51,9 @@ def fit(x, k, scales):
                         break
                     k[b, i] = np.int8(code)
                     if code != 0:
-                        power = 2.0 ** np.floor(np.log2(abs(value)))
-                        above = power * 2.0**-8
-                        below = above / 2 if abs(value) == power else above
-                        if int(abs(value) / power * 128) % 2:  # ties go to even numbers
+                        above = power[b, i] * 2.0**-8
+                        below = above / 2 if abs(value) == power[b, i] else above
+                        if odd[b, i]:  # ties go to even numbers
                             above, below = above * INSIDE, below * INSIDE
                         low = max(low, (abs(value) - below) / abs(code))
                         high = min(high, (abs(value) + above) / abs(code))
@@ -67,7 +68,8 @@ def fit(x, k, scales):
 def find_grid(w: NDArray[np.float32], fmt: BlockFormat) -> Ready | None:
     """Blocks of w [rows, cols] that lie on a grid of Q4_0, in the fields of `fmt`; None: no such.
 
-    Zeros lie on any grid, so a block of zeros is left to the search.
+    Zeros lie on any grid, so a block of zeros is left to the search. Looks at all blocks only when
+    half of a sample are on a grid.
 
     >>> from edgeq import blocks
     >>> k = np.arange(32, dtype=np.float32)[None] % 16 - 8
@@ -81,8 +83,11 @@ def find_grid(w: NDArray[np.float32], fmt: BlockFormat) -> Ready | None:
     if not affine and fmt.value != "d * q":
         return None
     x = np.ascontiguousarray(w, np.float32).reshape(-1, BLOCK)
-    q, scales = np.zeros(x.shape, np.int8), np.zeros((len(x), 3))
-    fit(x, q, scales)
+    sample = x[:: max(len(x) // SAMPLES, 1)]
+    sample = sample[sample.any(axis=1)]
+    if 2 * np.count_nonzero(_fit(sample)[1][:, 0]) < max(len(sample), 1):
+        return None
+    q, scales = _fit(x)
     d = _pick(*scales.T).reshape(rows, -1)
     exact = (d != 0) & np.isfinite(d)
     if not exact.any():
@@ -92,6 +97,15 @@ def find_grid(w: NDArray[np.float32], fmt: BlockFormat) -> Ready | None:
         q -= LOW
         fields["m"] = LOW * fields["d"]
     return Ready({**fields, "q": q.reshape(rows, -1, BLOCK) * exact[..., None]}, exact)
+
+
+def _fit(x: NDArray[np.float32]) -> tuple[NDArray[np.int8], NDArray[np.float64]]:
+    """See `fit`."""
+    bits = x.view(np.uint32)
+    power = (bits & np.uint32(0x7F800000)).view(np.float32)
+    k, scales = np.zeros(x.shape, np.int8), np.zeros((len(x), 3))
+    fit(x, power, bits & np.uint32(0x10000), k, scales)
+    return k, scales
 
 
 def _pick(
