@@ -134,8 +134,8 @@ class Checkpoint:
         return sorted({tensor.file for tensor in self._all.values()})
 
     def is_quantized(self, name: str) -> bool:
-        """Whether a tensor is stored in fewer bits than a float."""
-        return name in self._packed or name in self._scales
+        """Whether one of the `schemes` packed the tensor; FP8 counts as floats."""
+        return name in self._packed
 
     def grid(self, name: str, start: int, stop: int) -> Grid | None:
         """Rows start..stop of a tensor as the integers that the checkpoint holds, if it does.

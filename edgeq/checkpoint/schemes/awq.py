@@ -1,8 +1,8 @@
 """AWQ checkpoints as AutoAWQ's GEMM version writes them (Lin et al. 2023, arXiv:2306.00978).
 
-For each matrix [rows, cols]: `qweight` int32 [cols, rows / 8], `qzeros` int32 [groups, rows / 8] and
-`scales` [groups, rows]. A word holds the codes of 8 neighbouring rows, 4 bits each, in the order
-0, 2, 4, 6, 1, 3, 5, 7 from its lowest bits up.
+For each matrix [rows, cols]: `qweight` int32 [cols, rows / 8], `qzeros` int32 [groups, rows / 8]
+and `scales` [groups, rows]. A word holds the codes of 8 neighbouring rows, 4 bits each; from its
+lowest bits up they are of rows 0, 2, 4, 6, 1, 3, 5, 7.
 """
 
 from collections.abc import Mapping
@@ -27,8 +27,8 @@ def find(parts: Parts, settings: Mapping[str, Any]) -> dict[str, "_Packed"]:
     bits = settings.get("bits", settings.get("w_bit", 4))
     if str(version).lower() != "gemm" or bits != 4:
         raise ModelError(
-            f"config.json: AWQ version = {version!r:.60}, bits = {bits!r:.60}: expected gemm and 4: "
-            "convert the original checkpoint"
+            f"config.json: AWQ version = {version!r:.60}, bits = {bits!r:.60}: expected gemm, "
+            "4: convert the original checkpoint"
         )
     ends = ".qweight"
     bases = [name.removesuffix(ends) for name in parts.tensors if name.endswith(ends)]

@@ -52,10 +52,10 @@ class _FourBits:
         self.parts = (weight, state, *(f"{weight}.{kind}" for kind in kinds))
         values = self._values()
         shape = values.get("shape")
-        good = isinstance(shape, list) and len(shape) == 2
-        if not good or not all(type(size) is int and size > 0 for size in shape):
+        sizes = shape if isinstance(shape, list) else []
+        if len(sizes) != 2 or not all(type(size) is int and size > 0 for size in sizes):
             raise parts.error(state, f"shape = {shape!r:.60}: expected two whole numbers")
-        self.shape = (shape[0], shape[1])
+        self.shape = (sizes[0], sizes[1])
         self._block = self._size(values, "blocksize")
         tensor = parts.tensors.get(weight)
         count = math.prod(self.shape)
@@ -130,7 +130,7 @@ class _Int8:
         base = weight.removesuffix("weight")
         self._parts, self._weight, self._scb = parts, weight, f"{base}SCB"
         self._format = f"{base}weight_format"
-        self.parts = (weight, self._scb, self._format)
+        self.parts: tuple[str, ...] = (weight, self._scb, self._format)
         rows, cols = parts.need(weight, ("I8",), (None, None))
         parts.need(self._scb, _FLOATS, (rows,))
         self.shape = (rows, cols)

@@ -1,9 +1,10 @@
 """Checkpoints of llm-compressor (https://github.com/vllm-project/compressed-tensors).
 
 pack-quantized: `weight_packed` int32 [rows, cols * bits / 32] holds q + 2^(bits - 1), lowest bits
-first; `weight_shape`; `weight_scale` [rows, groups]; for asymmetric ones `weight_zero_point`, packed
-alike but along the rows; sometimes `weight_g_idx`, the group of each column. int-quantized: `weight`
-int8 and `weight_scale` [rows, groups] or one number. float-quantized is left to checkpoint.float8.
+first; `weight_shape`; `weight_scale` [rows, groups]; `weight_zero_point`, where they are not all 0,
+packed alike but along the rows; sometimes `weight_g_idx`, the group of each column.
+int-quantized: `weight` int8 and `weight_scale` [rows, groups] or one number.
+float-quantized is left to checkpoint.float8.
 """
 
 from collections.abc import Mapping
@@ -67,7 +68,14 @@ class _Rows:
         self._parts, self.shape = parts, shape
         self._scale, self._zero = f"{base}_scale", f"{base}_zero_point"
         self._index = f"{base}_g_idx"
-        self.parts = (f"{base}_packed", f"{base}_shape", self._scale, self._zero, self._index, base)
+        self.parts: tuple[str, ...] = (
+            f"{base}_packed",
+            f"{base}_shape",
+            self._scale,
+            self._zero,
+            self._index,
+            base,
+        )
         scale = parts.tensors.get(self._scale)
         self._single = scale is not None and scale.shape in ((), (1,)) and shape[0] != 1
         if self._single:

@@ -1,8 +1,8 @@
 """GPTQ checkpoints as AutoGPTQ and GPTQModel write them (Frantar et al. 2022, arXiv:2210.17323).
 
 For each matrix [rows, cols]: `qweight` int32 [cols * bits / 32, rows], packed along the columns;
-`scales` [groups, rows]; `qzeros` int32 [groups, rows * bits / 32], packed along the rows; and mostly
-`g_idx` int32 [cols], the group of each column, in any order after quantizing with `desc_act`.
+`scales` [groups, rows]; `qzeros` int32 [groups, rows * bits / 32], packed along the rows; mostly
+`g_idx` int32 [cols] as well, the group of each column, in any order where `desc_act` was on.
 The first version of the format stores zero points less one, the second (`gptq_v2`) as they are.
 """
 
@@ -70,12 +70,12 @@ class _Packed:
         parts = self._parts
         rows, cols = self.shape
         words = np.ascontiguousarray(parts.array(self.parts[0])[:, start:stop].T)
-        zeros = unpack(parts.array(self.parts[1]), self._bits, rows)[:, start:stop].T
-        zeros = (zeros + np.int16(self._offset)) & np.int16((1 << self._bits) - 1)
+        stored = unpack(parts.array(self.parts[1]), self._bits, rows)[:, start:stop].T
+        zeros = (stored.astype(np.int16) + self._offset) & ((1 << self._bits) - 1)
         return Grid(
             unpack(words, self._bits, cols).astype(np.int16),
             np.ascontiguousarray(parts.array(self.parts[2])[:, start:stop].T, np.float32),
-            zeros,
+            zeros.astype(np.int16),
             self._columns(),
         )
 
