@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from edgeq.errors import ResourceError
 from edgeq.sources import Source
 
 __all__ = ["identity"]
@@ -24,8 +25,8 @@ def identity(
 ) -> dict[str, str]:
     """Facts by name; the formats of the tensors and all metadata are for the writer to add.
 
-    Files count as unchanged when name, size and time of the last change are. Raises OSError when
-    one has gone.
+    Files count as unchanged when name, size and time of the last change are. Raises ResourceError
+    when one has gone.
     """
     return {
         "recipe": recipe,
@@ -38,7 +39,10 @@ def identity(
 
 
 def _state(path: Path) -> bytes:
-    status = path.stat()
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise ResourceError(f"{path}: cannot be read: {error.strerror}") from error
     return f"{path.name} {status.st_size} {status.st_mtime_ns}".encode()
 
 

@@ -151,6 +151,28 @@ def test_damaged_tensor_is_made_again(checkpoint: Path, tmp_path: Path) -> None:
     assert out.read_bytes() == whole.read_bytes()
 
 
+def test_failure_before_work_keeps_what_is_finished(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    part = stop(checkpoint, tmp_path / "out.gguf")
+    real = os.pwrite
+    for nth in (0, 1):
+        left = [nth]
+
+        def fail(fd: int, data: Any, at: int, left: list[int] = left) -> int:
+            if not left[0]:
+                raise OSError(5, "Input/output error")
+            left[0] -= 1
+            return real(fd, data, at)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "pwrite", fail)
+            with pytest.raises(ResourceError, match="do not trust it"):
+                convert(checkpoint, tmp_path / "out.gguf", "Q4_0")
+        assert part.exists()
+    assert run(checkpoint, tmp_path / "out.gguf", "Q4_0").resumed > 0
+
+
 @pytest.mark.parametrize("cut", [1, 16, 33, 10_000])
 def test_part_without_its_end_is_begun_anew(checkpoint: Path, tmp_path: Path, cut: int) -> None:
     whole = convert(checkpoint, tmp_path / "whole.gguf", "Q4_0").read_bytes()

@@ -156,6 +156,19 @@ def test_act_order_is_dequantized(tmp_path: Path, rng: np.random.Generator) -> N
     assert any("start from the original" in warning for warning in report.warnings)
 
 
+def test_bias_of_zeros_is_left_out(tmp_path: Path, rng: np.random.Generator) -> None:
+    """AutoGPTQ gives every matrix a bias; one that is not 0 belongs to the model."""
+
+    def pack(shape: tuple[int, int]) -> packers.Packed:
+        tensors, w = packers.gptq(rng, shape)
+        return {**tensors, "bias": packers.f16(np.full(shape[0], shape == (32, 64)))}, w
+
+    packers.write_quantized(tmp_path, CONFIG, GPTQ, pack)
+    with open_checkpoint(tmp_path) as checkpoint:
+        found = {name.split(".")[-2] for name in checkpoint.tensors if name.endswith(".bias")}
+    assert found == {"k_proj", "v_proj"}
+
+
 def test_float8_is_a_float(tmp_path: Path, rng: np.random.Generator) -> None:
     def pack(shape: tuple[int, int]) -> packers.Packed:
         codes = rng.integers(0, 0x60, shape)

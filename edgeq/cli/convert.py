@@ -31,9 +31,9 @@ _STARTING = "starting (first use compiles)"
     default="search",
     help="Quantizer: search, or rtn (plain rounding, needs no compiler). [search]",
 )
-@click.option("--force", is_flag=True, help="Replace an existing file.")
+@click.option("--force", is_flag=True, help="Replace a file, or the rest of another conversion.")
 @click.option("--threads", type=click.IntRange(1), help="Threads for quantizing. [one per core]")
-@click.option("--allow-requantize", is_flag=True, help="Accept a source already quantized.")
+@click.option("--allow-requantize", is_flag=True, help="Accept a GGUF file already quantized.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as one JSON object.")
 def command(
     src: str,

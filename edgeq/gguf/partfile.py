@@ -60,7 +60,7 @@ class PartFile:
         try:
             self._reserve()
         except BaseException:
-            self.abort()
+            self.give_up()
             raise
 
     def pwrite(self, offset: int, data: memoryview) -> None:
@@ -132,6 +132,13 @@ class PartFile:
         """Leave NAME.part for a later run."""
         os.close(self._fd)
         self._fd = -1
+
+    def give_up(self) -> None:
+        """Before any work: leave what an earlier run has left, and nothing else."""
+        if self.resumed:
+            self.suspend()
+        else:
+            self.abort()
 
     def _refuse_existing(self) -> None:
         if self.path.is_dir():

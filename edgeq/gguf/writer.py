@@ -94,7 +94,7 @@ class GgufWriter:
             # The magic comes last: what a power cut leaves behind is no GGUF file.
             self._file.pwrite(len(MAGIC), memoryview(self._header)[len(MAGIC) :])
         except BaseException:
-            self._file.abort()
+            self._file.give_up()
             raise
         return self
 

@@ -45,7 +45,7 @@ class _Packed:
     def __init__(self, parts: Parts, base: str, bits: int, offset: int) -> None:
         """bits: where the tensors themselves do not tell."""
         names = ("qweight", "qzeros", "scales", "g_idx")
-        self.parts = tuple(f"{base}.{name}" for name in names)
+        self.parts: tuple[str, ...] = tuple(f"{base}.{name}" for name in names)
         self._parts, self._offset = parts, offset
         words, rows = parts.need(self.parts[0], ("I32", "U32"), (None, None))
         cols = words * 32 // bits
@@ -60,6 +60,9 @@ class _Packed:
         zeros = -(-rows * bits // 32)
         parts.need(self.parts[1], ("I32", "U32"), (groups, zeros))
         self._groups = groups
+        bias = f"{base}.bias"  # AutoGPTQ adds zeros where the model has no bias
+        if bias in parts and not parts.array(bias).any():
+            self.parts = (*self.parts, bias)
 
     def check(self) -> None:
         """See `Packed.check`."""
