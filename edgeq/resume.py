@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from edgeq.errors import ResourceError
 from edgeq.sources import Source
 
-__all__ = ["identity"]
+__all__ = ["identity", "program"]
 
 _COMPILERS = ("numpy", "numba", "llvmlite")
 
@@ -34,7 +34,7 @@ def identity(
         "source": str(source.path.resolve()),
         "files": _digest(_state(path) for path in source.files),
         "importance": _digest(_array(name, w) for name, w in sorted(importance.items())),
-        "program": _program(),
+        "program": program(),
     }
 
 
@@ -51,7 +51,7 @@ def _array(name: str, w: NDArray[np.float32]) -> bytes:
 
 
 @cache
-def _program() -> str:
+def program() -> str:
     """Text of this package, and the versions of what compiles it: other code, other bytes."""
     home = Path(__file__).parent
     versions = [f"{name} {importlib.metadata.version(name)}".encode() for name in _COMPILERS]

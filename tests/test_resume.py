@@ -129,7 +129,7 @@ def test_other_code_is_another_conversion(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stop(checkpoint, tmp_path / "out.gguf")
-    monkeypatch.setattr("edgeq.resume._program", lambda: "newer")
+    monkeypatch.setattr("edgeq.resume.program", lambda: "newer")
     with pytest.raises(ResourceError, match=r"program \w+ \(now newer\)"):
         convert(checkpoint, tmp_path / "out.gguf", "Q4_0")
 
