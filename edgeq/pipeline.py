@@ -10,9 +10,9 @@ import dataclasses
 import math
 import os
 import re
+import struct
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,21 +21,23 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeq import blocks
-from edgeq.blocks import BlockFormat
 from edgeq.errors import ModelError, RequestError
 from edgeq.gguf import GgufWriter, TensorSpec
 from edgeq.importance import Given, resolve
+from edgeq.native import native_recipe, ready
 from edgeq.quantizers import available, find, quantize
 from edgeq.recipe import Recipe, assign, recipes
+from edgeq.resume import identity
 from edgeq.sources import Source, open_source
+from edgeq.stream import Chunk, Sample, matrix, nbytes, read_ahead
 
 __all__ = ["ConversionReport", "TensorReport", "convert", "run"]
 
 # (bytes finished, bytes in all, name of the tensor at hand)
 Progress = Callable[[int, int, str], None]
-_CHUNK = 1 << 22  # weights per step: about 0.3 s, after which Ctrl-C is noticed
-_SAMPLED_ROWS = 8  # per step, for the error in the report
 _QUANTIZATION_VERSION = 2  # of ggml's block layouts
+_DEFAULT = "Q4_K_M"
+_MEMO = struct.Struct("<dd?")  # what a report needs of a tensor finished earlier
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +50,7 @@ class TensorReport:
     nbytes: int
     relative_rmse: float  # sqrt(sum (stored - w)^2 / sum w^2) over a sample of rows
     mean_square: float  # of the weights in that sample
+    kept: bool = False  # the source's own integers, not quantized again
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,12 +68,13 @@ class ConversionReport:
     seconds: float
     tensors: tuple[TensorReport, ...]
     warnings: tuple[str, ...] = ()
+    resumed: int = 0  # tensors that an interrupted run had finished
 
 
 def convert(
     src: Path | str,
     out: Path | str | None = None,
-    recipe: "str | Path | Recipe" = "Q4_K_M",
+    recipe: str | Path | Recipe | None = None,
     *,
     method: str = "search",
     importance: Given | None = None,
@@ -100,7 +104,7 @@ def convert(
 def run(
     src: Path | str,
     out: Path | str | None = None,
-    recipe: "str | Path | Recipe" = "Q4_K_M",
+    recipe: str | Path | Recipe | None = None,
     *,
     method: str = "search",
     importance: Given | None = None,
@@ -112,7 +116,8 @@ def run(
     """Convert `src`, a checkpoint folder or a GGUF file, and report.
 
     out: file to write, or a folder for `<name>-<RECIPE>.gguf`; by default the current folder.
-    recipe: name such as "Q4_K_M", or path of a recipe file.
+    recipe: name such as "Q4_K_M", or path of a recipe file; None: the one that keeps the integers
+    of a source that is quantized to such (GPTQ, AWQ, QAT, ...), and Q4_K_M for all others.
     method: file name in edgeq/quantizers/. threads: for quantizing; by default all cores.
     importance: GGUF tensor name -> mean square activation of each column, float32 [cols], of
     experts [n_mat, cols]; an `edgeq.imatrix.Imatrix`, or the path of an importance matrix.
@@ -120,12 +125,15 @@ def run(
     allow_requantize: accept a source that is quantized already.
 
     Raises RequestError, ResourceError (disk), FormatError and ModelError (source). Whatever stops
-    the work, under the final name there is a complete file or what was there before.
+    the work, under the final name there is a complete file or what was there before. After Ctrl-C
+    or a kill, the same call goes on where it was stopped and gives the same bytes.
     """
     started = time.monotonic()
-    mixture = Recipe.load(recipe)
+    mixture = Recipe.load(recipe or _DEFAULT)
     source = open_source(src, allow_requantize=allow_requantize)
     with contextlib.closing(source):
+        if recipe is None:
+            mixture = Recipe.load(native_recipe(source) or _DEFAULT)
         path = _output_path(source, mixture, out)
         specs = _specs(source, mixture, importance is not None)
         weighted = resolve(importance, source.shapes, source.path)
@@ -133,8 +141,12 @@ def run(
         encoder = _Encoder(method, weighted.values, threads)
         encoder.check()
         metadata = {**source.metadata(), **_file_keys(mixture), **weighted.metadata}
-        with GgufWriter(path, metadata, specs, force=force) as writer:
-            tensors = tuple(_write_all(source, specs, encoder, writer, progress))
+        same = identity(source, mixture.name, method, encoder.importance)
+        with GgufWriter(path, metadata, specs, force=force, identity=same) as writer:
+            work = _Work(source, encoder, writer, progress, sum(nbytes(spec) for spec in specs))
+            done = _recall(work, specs)
+            tensors = tuple(_write_all(work, specs, done))
+        warnings += [*source.warnings, *_second_time(source, mixture, tensors)]
     weights = sum(math.prod(tensor.shape) for tensor in tensors)
     return ConversionReport(
         path=path,
@@ -144,7 +156,8 @@ def run(
         relative_rmse=_total_error(tensors),
         seconds=time.monotonic() - started,
         tensors=tensors,
-        warnings=(*source.warnings, *warnings),
+        warnings=tuple(warnings),
+        resumed=len(done),
     )
 
 
@@ -199,7 +212,25 @@ class _Encoder:
         if self.threads is not None and self.threads < 1:
             raise RequestError(f"threads = {self.threads}: expected at least 1")
 
-    def __call__(self, spec: TensorSpec, start: int, w: NDArray[np.float32]) -> NDArray[np.uint8]:
+    def __call__(self, spec: TensorSpec, chunk: Chunk) -> "_Encoded":
+        """Bytes of some rows of a tensor. Raises ModelError."""
+        if chunk.raw is not None:
+            return _Encoded(chunk.raw, True)
+        assert chunk.w is not None
+        # Plain rounding leaves integers alone only where the source says that they are some.
+        plain = self.method == "rtn" and chunk.grid is None
+        found = None if plain else ready(spec.format, chunk.w, chunk.grid)
+        if found is None:
+            return _Encoded(self._quantize(spec, chunk.start, chunk.w), False)
+        kept = find(self.method).pack(found.fields, spec.format)
+        if found.exact.all():
+            return _Encoded(kept, True)
+        others = self._quantize(spec, chunk.start, chunk.w)
+        shape = (*found.exact.shape, -1)
+        both = np.where(found.exact[..., None], kept.reshape(shape), others.reshape(shape))
+        return _Encoded(both.reshape(kept.shape), False)
+
+    def _quantize(self, spec: TensorSpec, start: int, w: NDArray[np.float32]) -> NDArray[np.uint8]:
         """Bytes [n, row_bytes] of rows w [n, cols] from row `start` on. Raises ModelError."""
         if spec.format.name == "F32":
             return np.ascontiguousarray(w).view(np.uint8)
@@ -222,120 +253,101 @@ class _Encoder:
             expert, row = divmod(start + done, rows)
             stop = min(done + rows - row, len(w))
             one = dataclasses.replace(self, importance={spec.name: weights[expert]})
-            parts.append(one(spec, start + done, w[done:stop]))
+            parts.append(one._quantize(spec, start + done, w[done:stop]))
             done = stop
         return np.concatenate(parts)
 
 
+class _Work:
+    """What all tensors of a conversion share."""
+
+    def __init__(
+        self,
+        source: Source,
+        encode: _Encoder,
+        writer: GgufWriter,
+        progress: Progress | None,
+        total: int,
+    ) -> None:
+        self.source, self.encode, self.writer = source, encode, writer
+        self._progress, self._done, self._total = progress, 0, total
+
+    def advance(self, step: int, name: str) -> None:
+        """Count `step` more bytes as finished, in the tensor at hand."""
+        self._done += step
+        if self._progress is not None:
+            self._progress(self._done, self._total, name)
+
+
+def _recall(work: _Work, specs: list[TensorSpec]) -> dict[str, TensorReport]:
+    """Reports of the tensors that an interrupted run had written."""
+    reports = {}
+    for spec in specs:
+        memo = work.writer.recall(spec.name)
+        if memo is not None:
+            reports[spec.name] = _report(spec, *_MEMO.unpack(memo[: _MEMO.size]))
+            work.advance(nbytes(spec), spec.name)
+    return reports
+
+
 def _write_all(
-    source: Source,
-    specs: list[TensorSpec],
-    encode: _Encoder,
-    writer: GgufWriter,
-    progress: Progress | None,
+    work: _Work, specs: list[TensorSpec], done: Mapping[str, TensorReport]
 ) -> Iterator[TensorReport]:
-    """Quantize and write every tensor, in order."""
-    total = sum(_nbytes(spec) for spec in specs)
-    done = 0
-
-    def advance(nbytes: int, name: str) -> None:
-        nonlocal done
-        done += nbytes
-        if progress is not None:
-            progress(done, total, name)
-
-    with contextlib.closing(_read_ahead(source, specs)) as chunks:
+    """Quantize and write every tensor that is not done, in order."""
+    left = [spec for spec in specs if spec.name not in done]
+    with contextlib.closing(read_ahead(work.source, left)) as chunks:
         for spec in specs:
-            yield _write_one(spec, chunks, encode, writer, advance)
+            yield done[spec.name] if spec.name in done else _write_one(spec, chunks, work)
 
 
-def _write_one(
-    spec: TensorSpec,
-    chunks: "Iterator[_Chunk]",
-    encode: _Encoder,
-    writer: GgufWriter,
-    advance: Callable[[int, str], None],
-) -> TensorReport:
-    rows, cols = _matrix(spec.shape)
+def _write_one(spec: TensorSpec, chunks: Iterator[Chunk], work: _Work) -> TensorReport:
+    rows, cols = matrix(spec.shape)
     packed = np.empty((rows, blocks.row_bytes(spec.format, cols)), np.uint8)
-    sample = _Sample()
-    stop = 0
+    sample = Sample()
+    stop, kept = 0, True
     while stop < rows:
-        start, stop, w = next(chunks)
-        packed[start:stop] = encode(spec, start, w)
-        sample.add(w, packed[start:stop], spec.format)
-        advance((stop - start) * packed.shape[1], spec.name)
-    writer.write(spec.name, packed)
-    error, mean_square = sample.result()
-    return TensorReport(spec.name, spec.shape, spec.format.name, packed.nbytes, error, mean_square)
+        chunk = next(chunks)
+        start, stop = chunk.start, chunk.stop
+        packed[start:stop], whole = work.encode(spec, chunk)
+        kept = kept and whole
+        sample.add(chunk.w, packed[start:stop], spec.format)
+        work.advance((stop - start) * packed.shape[1], spec.name)
+    found = (*sample.result(), kept)
+    work.writer.write(spec.name, packed, _MEMO.pack(*found))
+    return _report(spec, *found)
 
 
-class _Chunk(NamedTuple):
-    """Rows start..stop of a tensor; w: [stop - start, cols]."""
-
-    start: int
-    stop: int
-    w: NDArray[np.float32]
+def _report(spec: TensorSpec, error: float, mean_square: float, kept: bool) -> TensorReport:
+    name, shape, fmt = spec.name, spec.shape, spec.format.name
+    return TensorReport(name, shape, fmt, nbytes(spec), error, mean_square, kept)
 
 
-def _read_ahead(source: Source, specs: list[TensorSpec]) -> Generator[_Chunk, None, None]:
-    """All rows of all tensors in order; a thread reads the next ones meanwhile."""
-
-    def read(name: str, start: int, stop: int) -> _Chunk:
-        return _Chunk(start, stop, source.read(name, start, stop))
-
-    steps = [
-        (spec.name, start, stop)
-        for spec in specs
-        for start, stop in _ranges(spec.shape, source.row_step)
+def _second_time(
+    source: Source, recipe: Recipe, tensors: tuple[TensorReport, ...]
+) -> Iterator[str]:
+    """A warning when tensors lost what they were."""
+    lost = [
+        tensor.name
+        for tensor in tensors
+        if tensor.name in source.quantized
+        and not tensor.kept
+        and blocks.get(tensor.format).value != "x"
     ]
-    with ThreadPoolExecutor(1, thread_name_prefix="edgeq-read") as pool:
-        waiting = pool.submit(read, *steps[0])
-        for step in steps[1:]:
-            chunk = waiting.result()
-            waiting = pool.submit(read, *step)
-            yield chunk
-        yield waiting.result()
+    if lost:
+        native = native_recipe(source)
+        keeps = native is not None and native != recipe.name
+        advice = f"type {native} keeps them as they are" if keeps else "start from the original"
+        yield (
+            f"{source.path}: {len(lost)} of {len(source.quantized)} quantized tensors were "
+            f"quantized a second time, which adds errors: {advice}"
+        )
 
 
-def _ranges(shape: tuple[int, ...], row_step: int) -> Iterator[tuple[int, int]]:
-    """Row ranges of about _CHUNK weights, multiples of `row_step` rows."""
-    rows, cols = _matrix(shape)
-    step = max(_CHUNK // cols // row_step, 1) * row_step
-    for start in range(0, rows, step):
-        yield start, min(start + step, rows)
+class _Encoded(NamedTuple):
+    """Packed rows uint8 [n, row_bytes]; kept: all of them are integers of the source."""
 
-
-def _matrix(shape: tuple[int, ...]) -> tuple[int, int]:
-    """Rows and columns of a tensor seen as one matrix; a vector is one row."""
-    return math.prod(shape[:-1]), shape[-1]
-
-
-def _nbytes(spec: TensorSpec) -> int:
-    rows, cols = _matrix(spec.shape)
-    return rows * blocks.row_bytes(spec.format, cols)
-
-
-class _Sample:
-    """Error of stored rows: decoding is slow, so a few rows per step must do."""
-
-    def __init__(self) -> None:
-        self._error = self._square = 0.0
-        self._count = 0
-
-    def add(self, w: NDArray[np.float32], packed: NDArray[np.uint8], fmt: BlockFormat) -> None:
-        """Compare some rows of w [n, cols] with packed [n, row_bytes]."""
-        some = slice(None, None, max(len(w) // _SAMPLED_ROWS, 1))
-        exact = w[some].astype(np.float64)
-        self._square += float(np.square(exact).sum())
-        self._count += exact.size
-        if fmt.name != "F32":
-            self._error += float(np.square(blocks.decode(packed[some], fmt) - exact).sum())
-
-    def result(self) -> tuple[float, float]:
-        """Relative RMSE, and mean square of the weights."""
-        relative = math.sqrt(self._error / self._square) if self._square else 0.0
-        return relative, self._square / max(self._count, 1)
+    packed: NDArray[np.uint8]
+    kept: bool
 
 
 def _total_error(tensors: tuple[TensorReport, ...]) -> float:

@@ -10,13 +10,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeq import blocks, models
+from edgeq.blocks import BlockFormat
 from edgeq.checkpoint import PICKLES, Checkpoint, open_checkpoint
 from edgeq.checkpoint.card import card_metadata, sampling_metadata, source_name
-from edgeq.checkpoint.float8 import check_quantization
 from edgeq.checkpoint.names import gguf_names
 from edgeq.checkpoint.safetensors import first_nonfinite, to_float32
 from edgeq.errors import ModelError, RequestError, ResourceError
 from edgeq.gguf import Gguf, open_gguf
+from edgeq.grid import Grid
 from edgeq.models.from_hf import integer
 from edgeq.models.hparams import Hparams
 from edgeq.recipe import Model
@@ -36,6 +37,7 @@ class Source(Protocol):
     model: Model
     row_step: int  # rows that only make sense together: chunks are multiples of it
     warnings: list[str]
+    quantized: frozenset[str]  # tensors that are no floats: to quantize them again adds errors
 
     def metadata(self) -> dict[str, Any]:
         """Metadata of the file to write, except format and file type. Raises EdgeqError."""
@@ -46,6 +48,12 @@ class Source(Protocol):
         Tensors of more than two dimensions count as one long matrix, vectors as one row. Raises
         ModelError, ResourceError.
         """
+
+    def copy(self, name: str, fmt: BlockFormat, start: int, stop: int) -> NDArray[np.uint8] | None:
+        """Rows as bytes of `fmt`, where the source holds just these. Raises as `read`."""
+
+    def grid(self, name: str, start: int, stop: int) -> Grid | None:
+        """Rows as integers, where the source has them. Raises as `read`."""
 
     def close(self) -> None:
         """Let go of all files."""
@@ -80,7 +88,6 @@ class CheckpointSource:
 
     def _prepare(self, checkpoint: Checkpoint) -> None:
         config = checkpoint.config
-        check_quantization(config)
         self._module = models.by_hf(_architectures(config))
         self._keys = self._module.metadata(config)
         self._extra = self._module.extra_tensors(config)
@@ -96,7 +103,10 @@ class CheckpointSource:
         _check_complete(self.shapes, self.model.block_count, self.path)
         self.row_step = _head_dim(self._keys)
         _check_shapes(self.shapes, _expected_shapes(self._keys, config), self.path)
-        self.files = sorted({tensor.file for tensor in checkpoint.tensors.values()})
+        self.files = checkpoint.files
+        self.quantized = frozenset(
+            new for new, old in self._hf_names.items() if checkpoint.is_quantized(old)
+        )
 
     def _names(self, checkpoint: Checkpoint) -> dict[str, str]:
         """GGUF name -> HF name of the tensors to store."""
@@ -146,6 +156,22 @@ class CheckpointSource:
             return self._module.transform(name, w[0], self._checkpoint.config).reshape(1, -1)
         return self._module.transform(name, w, self._checkpoint.config)
 
+    def copy(self, name: str, fmt: BlockFormat, start: int, stop: int) -> None:
+        """See `Source.copy`."""
+        return None
+
+    def grid(self, name: str, start: int, stop: int) -> Grid | None:
+        """See `Source.grid`."""
+        if name not in self.quantized:
+            return None
+        grid = self._checkpoint.grid(self._hf_names[name], start, stop)
+        if grid is None:
+            return None
+        rows = np.arange(stop - start, dtype=np.float32).reshape(-1, 1)
+        moved = self._module.transform(name, rows, self._checkpoint.config)
+        order = moved.astype(np.intp)[:, 0]
+        return Grid(grid.q[order], grid.scale[order], grid.zero[order], grid.group)
+
     def close(self) -> None:
         """See `Source.close`."""
         self._checkpoint.close()
@@ -165,7 +191,9 @@ class GgufSource:
                 _refuse_quantized(self._gguf)
             self.model = _model_of_gguf(self._gguf)
             stack.pop_all()
-        self.shapes = {name: info.shape for name, info in self._gguf.tensors.items()}
+        tensors = self._gguf.tensors
+        self.shapes = {name: info.shape for name, info in tensors.items()}
+        self.quantized = frozenset(n for n, info in tensors.items() if info.format.value != "x")
         self.warnings = list(self._gguf.warnings)
 
     def metadata(self) -> dict[str, Any]:
@@ -190,6 +218,25 @@ class GgufSource:
                 "expected a finite number: the file is damaged"
             )
         return w
+
+    def copy(self, name: str, fmt: BlockFormat, start: int, stop: int) -> NDArray[np.uint8] | None:
+        """See `Source.copy`."""
+        if self._gguf.tensors[name].format.name != fmt.name or fmt.value == "x":
+            return None
+        raw = self._gguf.tensor(name)
+        rows = raw.reshape(-1, raw.shape[-1])[start:stop]
+        bad = blocks.find_nonfinite(rows, fmt)
+        if bad is not None:
+            row, block = divmod(bad, rows.shape[1] // fmt.bytes)
+            raise ModelError(
+                f"{self.path}: {name}: row {start + row}, block {block}: expected finite numbers: "
+                "the file is damaged"
+            )
+        return rows
+
+    def grid(self, name: str, start: int, stop: int) -> None:
+        """See `Source.grid`."""
+        return None
 
     def close(self) -> None:
         """See `Source.close`."""

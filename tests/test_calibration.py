@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from shell import CHECKPOINT, ROOT, edgeq
 
-from edgeq import blocks, calibration, convert, hessian, imatrix, load, open_gguf
+from edgeq import blocks, calibration, convert, hessian, imatrix, load, open_gguf, passes
 from edgeq.calibration import Settings
 from edgeq.calibration.sums import Sums
 from edgeq.calibration.work import Work

@@ -10,7 +10,7 @@ import pytest
 from numpy.typing import NDArray
 from tiny_checkpoint import CONFIG, bf16, random_weights, write_checkpoint, write_safetensors
 
-from edgeq import blocks, pipeline
+from edgeq import blocks, stream
 from edgeq.checkpoint.names import gguf_names
 from edgeq.errors import EdgeqError, ModelError, RequestError, ResourceError
 from edgeq.gguf import open_gguf
@@ -68,7 +68,7 @@ def test_small_steps_give_the_same_file(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = convert(checkpoint, tmp_path / "whole.gguf", "F16").read_bytes()
-    monkeypatch.setattr(pipeline, "_CHUNK", 100)  # less than one head of 16 rows
+    monkeypatch.setattr(stream, "_CHUNK", 100)  # less than one head of 16 rows
     assert convert(checkpoint, tmp_path / "steps.gguf", "F16").read_bytes() == whole
 
 
@@ -190,19 +190,6 @@ def test_failure_in_the_last_tensor_leaves_nothing(tmp_path: Path) -> None:
     assert list(folder.iterdir()) == []
 
 
-def test_interrupt_leaves_nothing(checkpoint: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "out"
-    folder.mkdir()
-
-    def interrupt(done: int, total: int, name: str) -> None:
-        if done > total // 2:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        convert(checkpoint, folder / "out.gguf", "F16", progress=interrupt)
-    assert list(folder.iterdir()) == []
-
-
 def drop(name: str) -> Any:
     return lambda weights: weights.pop(name)
 
@@ -298,7 +285,7 @@ def test_memory_is_bounded_by_the_largest_tensor(
     config = {**WIDE, "num_hidden_layers": 16}
     source = write_checkpoint(tmp_path / "deep", config)
     convert(source, tmp_path / "first.gguf", "F16")  # imports what stays in memory
-    monkeypatch.setattr(pipeline, "_CHUNK", 1 << 14)
+    monkeypatch.setattr(stream, "_CHUNK", 1 << 14)
     tracemalloc.start()
     try:
         report = run(source, tmp_path / "out.gguf", "F16")

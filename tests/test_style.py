@@ -22,7 +22,7 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 # Imports go down or stay level: README, "How it is built". A new module must be given a layer here.
 LAYERS = [
     {"checks", "cpus", "data", "errors", "estimate", "memory", "text", "vocab"},
-    {"blockformat", "blocks", "gguf", "checkpoint", "hessian", "imatrix"},
+    {"blockformat", "blocks", "gguf", "checkpoint", "grid", "hessian", "imatrix"},
     {"kernels"},
     {"models", "tokenizer", "sampler", "cache", "quantizers", "recipe", "sandbox", "tuning"},
     {
@@ -34,7 +34,10 @@ LAYERS = [
         "chat",
         "pipeline",
         "importance",
+        "native",
+        "resume",
         "sources",
+        "stream",
         "evaluate",
         "divergence",
         "questions",

@@ -13,10 +13,13 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from edgeq.checkpoint import schemes
 from edgeq.checkpoint.files import member, read_json
 from edgeq.checkpoint.float8 import Scale, block_shape, scale_names
+from edgeq.checkpoint.parts import Parts
 from edgeq.checkpoint.safetensors import READABLE, HfTensor, SafetensorsFile, first_nonfinite
 from edgeq.errors import FormatError, ModelError, ResourceError
+from edgeq.grid import Grid
 
 __all__ = ["PICKLES", "Checkpoint", "HfTensor", "open_checkpoint"]
 
@@ -61,7 +64,8 @@ class Checkpoint:
     """An open checkpoint folder.
 
     path: the folder. config, generation_config: content of the JSON files ({} when absent).
-    tensors: every tensor by its name in the files, except scales, which `read` applies.
+    tensors: every tensor by its name in the files, except scales, which `read` applies. A weight
+    quantized by one of the `schemes` is one tensor here, of type "packed".
     """
 
     def __init__(
@@ -72,10 +76,13 @@ class Checkpoint:
         self._files: dict[Path, SafetensorsFile] = {}
         try:
             self._all = self._open_files()
+            self._packed = schemes.find(Parts(path, self._all, self._raw), config)
             self._scales = scale_names(self._all)
-            scales = set(self._scales.values())
-            self.tensors = {name: t for name, t in self._all.items() if name not in scales}
-            self._block = block_shape(config) if scales else (128, 128)
+            used = {part for packed in self._packed.values() for part in packed.parts}
+            self._block = block_shape(config) if self._scales else (128, 128)
+            used |= set(self._scales.values())
+            self.tensors = {name: t for name, t in self._all.items() if name not in used}
+            self.tensors |= {name: self._entry(packed) for name, packed in self._packed.items()}
         except BaseException:
             self.close()
             raise
@@ -110,17 +117,53 @@ class Checkpoint:
 
         Raises as `read`.
         """
-        self.check(name)
         tensor = self.tensors[name]
-        w = self._files[tensor.file].rows(tensor, start, stop)
+        if name in self._packed:
+            w = self._packed[name].read(start, stop)
+        else:
+            self.check(name)
+            w = self._files[tensor.file].rows(tensor, start, stop)
         if name in self._scales:
             self._scale(name).apply(w, start)
         self._check_finite(name, w, start * tensor.cols)
         return w
 
+    @property
+    def files(self) -> list[Path]:
+        """The files that hold tensors."""
+        return sorted({tensor.file for tensor in self._all.values()})
+
+    def is_quantized(self, name: str) -> bool:
+        """Whether one of the `schemes` packed the tensor; FP8 counts as floats."""
+        return name in self._packed
+
+    def grid(self, name: str, start: int, stop: int) -> Grid | None:
+        """Rows start..stop of a tensor as the integers that the checkpoint holds, if it does.
+
+        Raises as `read`.
+        """
+        packed = self._packed.get(name)
+        grid = None if packed is None else packed.grid(start, stop)
+        if grid is not None and first_nonfinite(grid.scale) is not None:
+            raise ModelError(
+                f"{self.path}: {name}: a scale of rows {start} to {stop - 1} is not finite: the "
+                "checkpoint is damaged"
+            )
+        return grid
+
+    def _raw(self, tensor: HfTensor, start: int, stop: int) -> NDArray[np.uint8]:
+        return self._files[tensor.file].raw(tensor, start, stop)
+
+    def _entry(self, packed: schemes.Packed) -> HfTensor:
+        parts = [self._all[part] for part in packed.parts if part in self._all]
+        nbytes = sum(part.nbytes for part in parts)
+        return HfTensor(packed.shape, "packed", parts[0].file, parts[0].offset, nbytes)
+
     def check(self, name: str) -> None:
         """Refuse tensors that cannot become weights, before any is read. Raises ModelError."""
         tensor = self.tensors[name]
+        if name in self._packed:
+            return self._packed[name].check()
         if tensor.dtype not in READABLE:
             known = ", ".join(READABLE)
             raise ModelError(f"{self.path}: {name}: type {tensor.dtype}: expected one of {known}")

@@ -13,9 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeq.checkpoint.safetensors import HfTensor
+from edgeq.checkpoint.schemes import settings
 from edgeq.errors import ModelError
 
-__all__ = ["Scale", "block_shape", "check_quantization", "scale_names"]
+__all__ = ["Scale", "block_shape", "scale_names"]
 
 _SUFFIXES = ("_scale_inv", "_scale")
 
@@ -81,31 +82,8 @@ def block_shape(config: Mapping[str, Any]) -> tuple[int, int]:
     >>> block_shape({"quantization_config": {"weight_block_size": [64, 128]}})
     (64, 128)
     """
-    size = _quantization(config).get("weight_block_size") or [128, 128]
+    size = settings(config).get("weight_block_size") or [128, 128]
     good = isinstance(size, list) and len(size) == 2
     if not good or not all(type(item) is int and item > 0 for item in size):
         raise ModelError(f"config.json: weight_block_size = {size!r}: expected two whole numbers")
     return size[0], size[1]
-
-
-_METHODS = ("fp8", "fbgemm_fp8", "compressed-tensors", "modelopt")
-
-
-def check_quantization(config: Mapping[str, Any]) -> None:
-    """Refuse checkpoints quantized in a way that cannot be read. Raises ModelError.
-
-    >>> check_quantization({"quantization_config": {"quant_method": "gptq"}})
-    Traceback (most recent call last):
-        ...
-    edgeq.errors.ModelError: config.json: quant_method = 'gptq': convert the original checkpoint
-    """
-    method = _quantization(config).get("quant_method")
-    if method is not None and method not in _METHODS:
-        raise ModelError(f"config.json: quant_method = {method!r}: convert the original checkpoint")
-
-
-def _quantization(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    table = config.get("quantization_config") or {}
-    if not isinstance(table, dict):
-        raise ModelError(f"config.json: quantization_config = {table!r}: expected a table")
-    return table

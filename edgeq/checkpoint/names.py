@@ -14,6 +14,10 @@ _USELESS = (
     "activation_scale",
     ".k_scale",
     ".v_scale",
+    ".q_scale",
+    ".output_scale",
+    ".input_zero_point",
+    ".output_zero_point",
 )
 
 

@@ -26,6 +26,7 @@ __all__ = [
     "SafetensorsFile",
     "first_nonfinite",
     "float8_e4m3",
+    "numbers",
     "read_header",
     "to_float32",
 ]
@@ -77,14 +78,19 @@ class SafetensorsFile:
             os.close(self._fd)
             raise
 
+    def raw(self, tensor: HfTensor, start: int, stop: int) -> NDArray[np.uint8]:
+        """Bytes of rows start..stop. Raises ResourceError when the disk fails."""
+        row = tensor.nbytes // max(tensor.rows, 1)
+        raw = np.empty((stop - start) * row, np.uint8)
+        self._fill(raw, tensor.offset + start * row)
+        return raw
+
     def rows(self, tensor: HfTensor, start: int, stop: int) -> NDArray[np.float32]:
         """Rows start..stop as float32 [stop - start, cols], before any scale.
 
         Raises ModelError for a type that cannot be read, ResourceError when the disk fails.
         """
-        row = tensor.nbytes // max(tensor.rows, 1)
-        raw = np.empty((stop - start) * row, np.uint8)
-        self._fill(raw, tensor.offset + start * row)
+        raw = self.raw(tensor, start, stop)
         if tensor.dtype not in READABLE:
             known = ", ".join(READABLE)
             raise ModelError(f"{self.path}: type {tensor.dtype}: expected one of {known}")
@@ -191,6 +197,19 @@ def to_float32(raw: NDArray[np.uint8], dtype: str) -> NDArray[np.float32]:
         np.left_shift(raw.view(np.uint16), 16, out=wide, dtype=np.uint32)
         return wide.view(np.float32)
     return float8_e4m3()[raw]
+
+
+def numbers(raw: NDArray[np.uint8], dtype: str) -> NDArray[Any]:
+    """Little-endian bytes as numbers of their own type [n]; F16, BF16 and F8_E4M3 as float32.
+
+    >>> numbers(np.array([0xFE, 0xFF], np.uint8), "I16").tolist()
+    [-2]
+    """
+    if dtype in READABLE:
+        return to_float32(raw, dtype)
+    size, kind = _SIZES[dtype], {"I": "i", "F": "f"}.get(dtype[0], "u")
+    # Other 8-bit floats have no type in NumPy: they stay bytes.
+    return raw.view(f"<{kind if size > 1 or dtype == 'I8' else 'u'}{size}")
 
 
 def first_nonfinite(w: NDArray[np.float32]) -> int | None:

@@ -20,7 +20,12 @@ _STARTING = "starting (first use compiles)"
 @click.command()
 @click.argument("src")
 @click.option("-o", "--out", type=click.Path(), help="File or folder to write. [current folder]")
-@click.option("-t", "--type", "recipe", default="Q4_K_M", help="Recipe, or a recipe file. [Q4_K_M]")
+@click.option(
+    "-t",
+    "--type",
+    "recipe",
+    help="Recipe, or a recipe file. [Q4_K_M; for a quantized checkpoint the type of its integers]",
+)
 @click.option(
     "--method",
     default="search",
@@ -32,14 +37,14 @@ _STARTING = "starting (first use compiles)"
     metavar="FILE",
     help="Importance matrix of edgeq calibrate or llama-imatrix: which columns matter.",
 )
-@click.option("--force", is_flag=True, help="Replace an existing file.")
+@click.option("--force", is_flag=True, help="Replace a file, or the rest of another conversion.")
 @click.option("--threads", type=click.IntRange(1), help="Threads for quantizing. [one per core]")
-@click.option("--allow-requantize", is_flag=True, help="Accept a source already quantized.")
+@click.option("--allow-requantize", is_flag=True, help="Accept a GGUF file already quantized.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as one JSON object.")
 def command(
     src: str,
     out: str | None,
-    recipe: str,
+    recipe: str | None,
     method: str,
     imatrix: str | None,
     force: bool,
@@ -49,8 +54,8 @@ def command(
 ) -> None:
     """Turn SRC into a quantized GGUF file.
 
-    SRC is a checkpoint folder (safetensors), a GGUF file of floats, or user/repo on the Hugging
-    Face Hub. An interrupted conversion leaves no file behind.
+    SRC is a checkpoint folder (safetensors), a GGUF file, or user/repo on the Hugging Face Hub. The
+    same command goes on with an interrupted conversion, whose work is kept in OUT.part.
     """
     from edgeq import hub, pipeline
 
@@ -67,6 +72,8 @@ def command(
             progress=advance,
             allow_requantize=allow_requantize,
         )
+    if report.resumed:
+        note(f"went on with an interrupted conversion: {report.resumed} tensors were finished")
     for warning in report.warnings:
         note(f"warning: {warning}")
     click.echo(json.dumps(_document(report), indent=1) if as_json else _summary(report))
@@ -76,7 +83,7 @@ def command(
 def _stoppable() -> Iterator[Callable[[], None]]:
     """Ctrl-C and its kin take effect when the yielded function is called; a second one at once.
 
-    Between the steps of the work nothing is half done, so nothing is left behind.
+    Between the steps of the work nothing is half done.
     """
     received: list[int] = []
 
@@ -84,7 +91,7 @@ def _stoppable() -> Iterator[Callable[[], None]]:
         received.append(number)
         if len(received) > 1:
             check()
-        note("stopping after this step")
+        note("stopping after this step; the same command will go on from there")
 
     def check() -> None:
         if received[:1] == [signal.SIGINT]:
@@ -141,6 +148,7 @@ def _document(report: "ConversionReport") -> dict[str, object]:
         "bits_per_weight": round(report.bits_per_weight, 4),
         "relative_rmse": round(report.relative_rmse, 6),
         "seconds": round(report.seconds, 3),
+        "resumed": report.resumed,
         "warnings": list(report.warnings),
         "tensors": [
             {
@@ -149,6 +157,7 @@ def _document(report: "ConversionReport") -> dict[str, object]:
                 "format": tensor.format,
                 "bytes": tensor.nbytes,
                 "relative_rmse": round(tensor.relative_rmse, 6),
+                "kept": tensor.kept,
             }
             for tensor in report.tensors
         ],

@@ -6,7 +6,6 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from edgeq import pipeline
 from edgeq.errors import RequestError
 from edgeq.quantizers import available
 from edgeq.recipe import Recipe
+from edgeq.resume import program
 from edgeq.text import printable
 
 __all__ = ["Candidate", "Conversion", "convert", "parse"]
@@ -98,7 +98,7 @@ def _key(source: Path, candidate: Candidate, options: Mapping[str, Any]) -> str:
     """All that decides the bytes of the file."""
     files = sorted(path for path in source.iterdir() if path.is_file()) if source.is_dir() else []
     recipe = dataclasses.asdict(Recipe.load(candidate.recipe))
-    facts = [_makers(), recipe, candidate.method, _trace(options)]
+    facts = [program(), recipe, candidate.method, _trace(options)]
     return json.dumps([*facts, [_trace(path) for path in files or [source]]])
 
 
@@ -112,14 +112,6 @@ def _trace(value: Any) -> Any:
         stat = value.stat()
         return [value.name, stat.st_size, stat.st_mtime_ns]
     return repr(value)
-
-
-@cache
-def _makers() -> str:
-    """Hash of the sources that decide the bytes: another version may quantize in another way."""
-    folder = Path(pipeline.__file__).parent
-    files = [folder / "pipeline.py", *sorted((folder / "quantizers").rglob("*.py"))]
-    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
 
 
 def _remember(notes: Path, found: Conversion, key: str) -> None:

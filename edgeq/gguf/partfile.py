@@ -3,7 +3,8 @@
 The bytes go to NAME.part, allocated in full before the first is written, so a full disk shows at
 once. Then: fsync, rename, fsync of the folder. Whatever stops the work before the rename leaves the
 name as it was. Browsers keep their downloads under such names too: a file is ours when it begins
-with MARK, which the owner overwrites last.
+with MARK, which the owner overwrites last, or ends with a journal: then the work can go on after
+the process was killed.
 """
 
 import contextlib
@@ -16,6 +17,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from edgeq.errors import ResourceError
+from edgeq.gguf.journal import Journal, checksum, identity_of
+from edgeq.text import printable
 
 __all__ = ["MARK", "PartFile"]
 
@@ -27,15 +30,27 @@ _SYNC_EVERY = 256 << 20  # bytes; bounds what is lost, and the stall, when the d
 
 
 class PartFile:
-    """NAME.part of `size` bytes, open for writing at any place; `commit` or `abort` ends it.
+    """NAME.part of `size` bytes, open for writing at any place.
 
-    It begins with MARK: write the first bytes last. Raises ResourceError when `path` exists (unless
-    `force`), the disk lacks the space, another process is writing the same file, or NAME.part is
-    somebody else's.
+    `commit`, `abort`, or with a journal `suspend` ends it. It begins with MARK: write the first
+    bytes last. Raises ResourceError when `path` exists (unless `force`), the disk lacks the space,
+    another process is writing the same file, NAME.part is somebody else's, or it is a file of ours
+    with another identity (unless `force`). `header`: first bytes of the complete file.
     """
 
-    def __init__(self, path: Path, size: int, *, force: bool = False) -> None:
+    def __init__(
+        self,
+        path: Path,
+        size: int,
+        *,
+        force: bool = False,
+        journal: Journal | None = None,
+        header: bytes = b"",
+    ) -> None:
         self.path = path
+        self.journal = journal
+        self.resumed = False  # whether the file has parts of an earlier run
+        self._header = header
         self.part = path.with_name(path.name + ".part")
         self.size = size
         self.force = force
@@ -45,7 +60,7 @@ class PartFile:
         try:
             self._reserve()
         except BaseException:
-            self.abort()
+            self.give_up()
             raise
 
     def pwrite(self, offset: int, data: memoryview) -> None:
@@ -63,6 +78,26 @@ class PartFile:
         with _reported(self.part):
             return os.pread(self._fd, size, offset)
 
+    def finish(self, i: int, data: memoryview, memo: bytes) -> None:
+        """Note in the journal that part `i` is written; data: its bytes."""
+        assert self.journal
+        record = self.journal.record(data, memo)
+        self.pwrite(self.size + self.journal.place(i), memoryview(record))
+
+    def recall(self, i: int, offset: int, size: int) -> bytes | None:
+        """Memo of part `i` at `offset` if an earlier run finished it and its bytes are all here."""
+        if not self.resumed or not self.journal:
+            return None
+        place = self.size + self.journal.place(i)
+        found = self.journal.parse(self.pread(place, self.journal.record_bytes))
+        if found is None:
+            return None
+        data = bytearray(size)
+        for start in range(0, size, _PIECE):
+            data[start : start + _PIECE] = self.pread(offset + start, min(_PIECE, size - start))
+        intact = len(data) == size and checksum(memoryview(data), found[1]) == found[0]
+        return found[1] if intact else None
+
     def sync(self) -> None:
         """Wait until everything written is on the disk."""
         with _reported(self.part):
@@ -70,6 +105,9 @@ class PartFile:
 
     def commit(self) -> None:
         """Check the size, give the file its name and make both durable."""
+        if self.journal:
+            with _reported(self.part):
+                os.ftruncate(self._fd, self.size)
         self.sync()
         found = os.fstat(self._fd).st_size
         if found != self.size:
@@ -90,6 +128,18 @@ class PartFile:
         os.close(self._fd)
         self._fd = -1
 
+    def suspend(self) -> None:
+        """Leave NAME.part for a later run."""
+        os.close(self._fd)
+        self._fd = -1
+
+    def give_up(self) -> None:
+        """Before any work: leave what an earlier run has left, and nothing else."""
+        if self.resumed:
+            self.suspend()
+        else:
+            self.abort()
+
     def _refuse_existing(self) -> None:
         if self.path.is_dir():
             raise ResourceError(f"{self.path}: is a folder: give the name of a file")
@@ -101,7 +151,7 @@ class PartFile:
             fd = os.open(self.part, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
         try:
             self._lock(fd)
-            self._refuse_foreign(fd)
+            self._look(fd)
         except BaseException:
             os.close(fd)
             raise
@@ -123,30 +173,59 @@ class PartFile:
         if not os.path.samestat(os.fstat(fd), named) or not stat.S_ISREG(named.st_mode):
             raise busy
 
-    def _refuse_foreign(self, fd: int) -> None:
-        """What an earlier run of ours left may go; a file of something else must not."""
+    def _look(self, fd: int) -> None:
+        """What an earlier run of ours left is continued or may go; something else must not."""
         with _reported(self.part):
-            if os.fstat(fd).st_size == 0 or os.pread(fd, len(MARK), 0) == MARK:
-                return
+            size, identity = os.fstat(fd).st_size, identity_of(fd)
+            # Killed between the last write and the rename, a file has neither mark nor journal.
+            whole = size == self.size and os.pread(fd, len(self._header), 0) == self._header
+            ours = size == 0 or os.pread(fd, len(MARK), 0) == MARK or identity is not None
+        if not ours and not (whole and self._header):
+            self._refuse_foreign()
+        if identity is None or self.journal is None:
+            return
+        if identity == self.journal.identity:
+            self.resumed = size == self.size + self.journal.size
+        elif not self.force:
+            self._refuse_other(identity, self.journal.identity)
+
+    def _refuse_other(self, theirs: dict[str, str], mine: dict[str, str]) -> None:
+        keys = [key for key in {**theirs, **mine} if theirs.get(key) != mine.get(key)]
+        what = ", ".join(
+            f"{printable(key)} {printable(theirs.get(key, 'none'), 80)} (now {mine.get(key)})"
+            for key in keys[:3]
+        )
+        raise ResourceError(
+            f"{self.part}: unfinished file of another conversion: {what}: finish that one, remove "
+            "the file, or use force to start anew"
+        )
+
+    def _refuse_foreign(self) -> None:
         advice = "remove it, move it away, or write to another name"
         raise ResourceError(f"{self.part}: exists and was not made by edgeq: {advice}")
 
     def _reserve(self) -> None:
+        if self.resumed:
+            self.pwrite(0, memoryview(MARK))  # it may have been complete already
+            return
         with _reported(self.part):
             os.ftruncate(self._fd, 0)  # what an earlier run left counts as free space
         free = shutil.disk_usage(self.path.parent).free
-        needed = self.size + min(self.size // 20, _MARGIN)
+        total = self.size + (self.journal.size if self.journal else 0)
+        needed = total + min(total // 20, _MARGIN)
         if free < needed:
             raise self._no_space(needed, free)
         with _reported(self.part):
             _write_all(self._fd, memoryview(MARK), 0)
             os.fsync(self._fd)  # after a power cut it must still be known as ours
         try:
-            _allocate(self._fd, self.size)
+            _allocate(self._fd, total)
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise self._no_space(self.size, free) from error
+                raise self._no_space(total, free) from error
             raise _explained(self.part, error) from error
+        if self.journal:
+            self.pwrite(self.size, memoryview(self.journal.blank()))
 
     def _no_space(self, needed: int, free: int) -> ResourceError:
         advice = "free some space or write to another disk"

@@ -1,5 +1,6 @@
 """Write a GGUF file, tensor by tensor in any order, so that it is complete or not there at all."""
 
+import hashlib
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 from edgeq.blocks import row_bytes
 from edgeq.errors import FormatError, ResourceError
 from edgeq.gguf.header import read_header
+from edgeq.gguf.journal import Journal
 from edgeq.gguf.layout import (
     DEFAULT_ALIGNMENT,
     MAGIC,
@@ -39,8 +41,12 @@ class GgufWriter:
     exception, Ctrl-C included. Values in `metadata` may be int (stored as uint32 where it fits),
     float (float32), bool, str, lists of these, and NumPy scalars and arrays, which keep their type.
 
+    With an `identity`, all that the bytes of the tensors depend on, work can be resumed: after
+    Ctrl-C or a kill NAME.part stays, and a writer with the same identity recalls its tensors.
+
     Raises FormatError for metadata or tensors that GGUF cannot hold, ResourceError when the file
-    exists (unless `force`) or the disk lacks the space.
+    exists (unless `force`), the disk lacks the space, or NAME.part has another identity (unless
+    `force`).
 
     >>> import tempfile
     >>> from edgeq.blocks import get
@@ -61,6 +67,7 @@ class GgufWriter:
         tensors: Sequence[TensorSpec],
         *,
         force: bool = False,
+        identity: Mapping[str, str] | None = None,
     ) -> None:
         self.path = Path(path)
         self.force = force
@@ -68,20 +75,51 @@ class GgufWriter:
         checked = read_header(self._header, self.nbytes, str(self.path))
         self._tensors = checked.tensors
         self._missing = set(checked.tensors)
+        self._numbers = {name: i for i, name in enumerate(checked.tensors)}
+        self._journal: Journal | None = None
+        if identity is not None:
+            layout = hashlib.sha256(self._header).hexdigest()
+            self._journal = Journal({**identity, "header": layout}, len(self._numbers))
         self._file: PartFile | None = None
 
     def __enter__(self) -> Self:
-        self._file = PartFile(self.path, self.nbytes, force=self.force)
+        self._file = PartFile(
+            self.path,
+            self.nbytes,
+            force=self.force,
+            journal=self._journal,
+            header=self._header,
+        )
         try:
             # The magic comes last: what a power cut leaves behind is no GGUF file.
             self._file.pwrite(len(MAGIC), memoryview(self._header)[len(MAGIC) :])
         except BaseException:
-            self._file.abort()
+            self._file.give_up()
             raise
         return self
 
-    def write(self, name: str, data: NDArray[Any] | bytes | bytearray | memoryview) -> None:
+    def recall(self, name: str) -> bytes | None:
+        """Memo of a tensor that an earlier run wrote, if its bytes are intact; else None.
+
+        Such a tensor need not be written again. Raises ResourceError when the disk fails.
+        """
+        if self._file is None:
+            return None
+        info = self._tensors[name]
+        memo = self._file.recall(self._numbers[name], info.offset, info.nbytes)
+        if memo is not None:
+            self._missing.discard(name)
+        return memo
+
+    def write(
+        self,
+        name: str,
+        data: NDArray[Any] | bytes | bytearray | memoryview,
+        memo: bytes = b"",
+    ) -> None:
         """Bytes of one tensor, in any order; may be called from several threads.
+
+        memo: up to 24 bytes that `recall` gives back, filled up with zeros.
 
         Raises FormatError when the name or the number of bytes is not what was declared.
         """
@@ -93,6 +131,8 @@ class GgufWriter:
             sizes = f"{len(raw)} bytes: expected {info.nbytes}"
             raise FormatError(f"{self.path}: tensor {name} has {sizes}")
         self._file.pwrite(info.offset, raw)
+        if self._journal is not None:
+            self._file.finish(self._numbers[name], raw, memo)
         self._missing.discard(name)
 
     def __exit__(
@@ -104,11 +144,18 @@ class GgufWriter:
         file, self._file = self._file, None
         if file is None:
             return
+        stopped = error is not None and not isinstance(error, Exception)  # Ctrl-C and its kin
         try:
             if error is None:
                 self._finish(file)
+            elif (
+                stopped
+                and self._journal
+                and (file.resumed or len(self._missing) < len(self._tensors))
+            ):
+                file.suspend()
         finally:
-            file.abort()  # does nothing after a commit
+            file.abort()  # does nothing after the others
 
     def _finish(self, file: PartFile) -> None:
         if self._missing:

@@ -1,0 +1,95 @@
+"""What an unfinished file says about itself, so that the work on it can go on.
+
+It lies after the last byte of the file that is being made, and is cut off in the end: the identity
+of the work (JSON), a record for each part that is finished, and a footer by which it is found.
+"""
+
+import json
+import os
+import struct
+import zlib
+from collections.abc import Mapping
+
+import numpy as np
+
+from edgeq.errors import FormatError
+
+__all__ = ["MEMO_BYTES", "Journal", "checksum", "identity_of"]
+
+MEMO_BYTES = 24  # that whoever wrote a part may keep with it
+
+_MAGIC = b"edgeq journal 1\n"
+_FOOTER = struct.Struct("<QQ16s")  # bytes of the identity, number of records, magic
+_RECORD = struct.Struct(f"<II{MEMO_BYTES}s")  # 1 when finished, checksum, memo
+_MAX_IDENTITY = 1 << 20  # bytes
+_PAGE = 512  # words
+
+
+class Journal:
+    """Layout and records of a journal for `count` parts. identity: what must be the same to go on.
+
+    >>> journal = Journal({"recipe": "Q4_K_M"}, 2)
+    >>> len(journal.blank()) == journal.size, journal.place(1) - journal.place(0)
+    (True, 32)
+    """
+
+    def __init__(self, identity: Mapping[str, str], count: int) -> None:
+        """Raises FormatError when the identity is too long."""
+        self.identity, self._count = dict(identity), count
+        self._text = json.dumps(self.identity).encode()
+        if len(self._text) > _MAX_IDENTITY:
+            raise FormatError(f"identity of {len(self._text)} bytes: expected {_MAX_IDENTITY}")
+        self.size = len(self._text) + count * _RECORD.size + _FOOTER.size
+
+    def blank(self) -> bytes:
+        """The journal before anything is finished."""
+        footer = _FOOTER.pack(len(self._text), self._count, _MAGIC)
+        return self._text + bytes(self._count * _RECORD.size) + footer
+
+    def place(self, i: int) -> int:
+        """First byte of record `i`, from the start of the journal."""
+        return len(self._text) + i * _RECORD.size
+
+    @staticmethod
+    def record(data: memoryview, memo: bytes) -> bytes:
+        """Record of a finished part with its bytes `data`."""
+        return _RECORD.pack(1, checksum(data, memo), memo)
+
+    @staticmethod
+    def parse(record: bytes) -> tuple[int, bytes] | None:
+        """Checksum and memo; None for a part that is not finished."""
+        done, found, memo = _RECORD.unpack(record)
+        return (found, memo) if done == 1 else None
+
+    record_bytes = _RECORD.size
+
+
+def checksum(data: memoryview, memo: bytes = b"") -> int:
+    """CRC-32 of the sums of pages of 4 KiB: finds pages that never reached the disk, at its speed.
+
+    >>> checksum(memoryview(b"abc")) == checksum(memoryview(b"abd"))
+    False
+    """
+    words = len(data) // 8
+    array = np.frombuffer(data, "<u8", words)
+    whole = words // _PAGE * _PAGE
+    sums = array[:whole].reshape(-1, _PAGE).sum(axis=1, dtype=np.uint64)
+    rest = array[whole:].tobytes() + bytes(data[8 * words :])
+    return zlib.crc32(rest, zlib.crc32(sums.tobytes(), zlib.crc32(memo.ljust(MEMO_BYTES, b"\0"))))
+
+
+def identity_of(fd: int) -> dict[str, str] | None:
+    """Identity in the journal at the end of an open file; None when there is no journal."""
+    size = os.fstat(fd).st_size
+    if size < _FOOTER.size:
+        return None
+    text, count, magic = _FOOTER.unpack(os.pread(fd, _FOOTER.size, size - _FOOTER.size))
+    start = size - _FOOTER.size - count * _RECORD.size - text
+    if magic != _MAGIC or text > _MAX_IDENTITY or start < 0:
+        return None
+    try:
+        found = json.loads(os.pread(fd, text, start))
+    except ValueError:
+        return None
+    plain = isinstance(found, dict) and all(isinstance(value, str) for value in found.values())
+    return found if plain else None
