@@ -325,6 +325,7 @@ def test_command_merges_and_shows(text: Path, model: Path, tmp_path: Path) -> No
         ((), "give MODEL and -f FILE"),
         (("model.gguf",), "a text is needed"),
         (("model.gguf", "-f", "none.txt"), "none.txt: cannot be read: No such file"),
+        (("none", "-f", __file__), "none: not found: give a GGUF file or a checkpoint folder"),
         (("--in-file", "none.gguf", "-o", "x.gguf"), "none.gguf"),
     ],
 )

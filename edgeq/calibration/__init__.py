@@ -23,6 +23,7 @@ import numpy as np
 
 from edgeq import hessian, imatrix, memory, models, pipeline
 from edgeq.calibration.state import State
+from edgeq.calibration.sums import Outer
 from edgeq.calibration.work import Progress, Settings, Work, collect
 from edgeq.checkpoint import open_checkpoint
 from edgeq.engine import Model, load
@@ -127,11 +128,12 @@ def _finish(work: Work, state: State, save_every: float, progress: Progress | No
 
 def _write_hessians(path: Path, work: Work, state: State, force: bool) -> None:
     """Means over the tokens, pass by pass."""
+    work.outer = Outer([])  # the last pass is on the disk too
     tokens = len(work.chunks) * work.ctx
     metadata, specs = hessian.specs(work.groups, tokens)
     with GgufWriter(path, metadata, specs, force=force) as writer:
         for number in range(len(work.passes)):
-            for name, total in state.load_pass(number).items():
+            for name, total in state.load_pass(number):
                 writer.write(hessian.tensor_name(name), total / np.float32(tokens))
 
 
@@ -152,6 +154,8 @@ def _read_text(path: Path) -> str:
 
 def _identity(model: Path, text: Path, settings: Settings) -> dict[str, object]:
     """What must be the same for a run to be the one that was interrupted."""
+    if not model.exists():
+        raise ResourceError(f"{model}: not found: give a GGUF file or a checkpoint folder")
     files = sorted(model.iterdir()) if model.is_dir() else [model]
     return {
         "model": [_stamp(file) for file in files if file.is_file()],

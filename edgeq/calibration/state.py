@@ -9,7 +9,7 @@ import fcntl
 import json
 import os
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -90,14 +90,14 @@ class State:
     def load(self) -> dict[str, NDArray[Any]]:
         """The arrays of the last `save`, empty when there was none. Raises ResourceError."""
         path = self.folder / _PROGRESS
-        return self._read(path) if path.exists() else {}
+        return dict(self._read(path)) if path.exists() else {}
 
     def save_pass(self, number: int, arrays: Arrays) -> None:
         """Keep what a finished pass found."""
         self._replace(self.folder / f"pass-{number}.npz", lambda path: _savez(path, arrays))
 
-    def load_pass(self, number: int) -> dict[str, NDArray[Any]]:
-        """What `save_pass` kept. Raises ResourceError."""
+    def load_pass(self, number: int) -> Iterator[tuple[str, NDArray[Any]]]:
+        """What `save_pass` kept, one array at a time. Raises ResourceError."""
         return self._read(self.folder / f"pass-{number}.npz")
 
     def remove(self) -> None:
@@ -124,10 +124,11 @@ class State:
                 part.unlink(missing_ok=True)
                 raise
 
-    def _read(self, path: Path) -> dict[str, NDArray[Any]]:
+    def _read(self, path: Path) -> Iterator[tuple[str, NDArray[Any]]]:
         try:
             with path.open("rb") as file, np.load(file, allow_pickle=False) as found:
-                return {name: found[name] for name in found.files}
+                for name in found.files:
+                    yield name, found[name]
         except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
             advice = f"remove {self.folder} and start again"
             raise ResourceError(f"{path}: cannot be read: {advice}") from error

@@ -1,14 +1,13 @@
 """Find out which columns of a model's weights matter, from a text: an importance matrix."""
 
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from edgeq.cli._progress import bar
 from edgeq.cli._terminal import Status, harmless, note
 
 if TYPE_CHECKING:
@@ -97,7 +96,7 @@ def _run(
     if Path(model).is_dir():
         note(f"{model}: is converted to floats of 16 bits for this run, beside {out}")
     status = Status()
-    with _progress() as advance:
+    with bar("chunks") as update:
         report = calibration.run(
             model,
             text,
@@ -109,7 +108,7 @@ def _run(
             threads=threads,
             force=force,
             save_every=save_every,
-            progress=advance,
+            progress=lambda done, total: update(done, total, ""),
             on_compile=status.compiling(),
         )
     status.clear()
@@ -118,25 +117,6 @@ def _run(
     for warning in report.warnings:
         note(f"warning: {warning}")
     return report
-
-
-@contextmanager
-def _progress() -> Iterator[Callable[[int, int], None]]:
-    """A bar on stderr with the time that is left, shown to a person only."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-    from rich.progress import TimeRemainingColumn as Remaining
-
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), Remaining())
-    bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
-    with bar:
-        task = bar.add_task("chunks", total=None)
-
-        def advance(done: int, total: int) -> None:
-            bar.update(task, completed=done, total=total)
-
-        yield advance
 
 
 def _summary(found: "Imatrix", path: Path, report: "Report | None") -> str:
