@@ -7,7 +7,7 @@ import pytest
 from numpy.typing import NDArray
 from tiny_checkpoint import write_checkpoint
 
-from edgeq import blocks, imatrix, pipeline, quantize
+from edgeq import blocks, imatrix, quantize, stream
 from edgeq.errors import FormatError, RequestError
 from edgeq.gguf import GgufWriter, TensorSpec, open_gguf
 from edgeq.pipeline import convert, run
@@ -102,7 +102,7 @@ def test_importance_of_experts(
         writer.write(spec.name, w)
     importance = rng.random((3, 32)).astype(np.float32)
     given = {spec.name: importance.reshape(-1) if flat else importance}
-    monkeypatch.setattr(pipeline, "_CHUNK", 7 * 32)
+    monkeypatch.setattr(stream, "_CHUNK", 7 * 32)
     path = convert(tmp_path / "f32.gguf", tmp_path / "o.gguf", "Q4_0", importance=given)
     with open_gguf(path) as file:
         info = file.tensors[spec.name]
