@@ -1,8 +1,8 @@
 """Convert a checkpoint, or a GGUF file of floats, to a GGUF file in the formats of a recipe.
 
-One stream: some rows are read, quantized and forgotten while the next are being read; only the
-finished bytes of the tensor at hand are kept until it is complete. All sizes are known, and the
-disk space is claimed, before the first weight is read.
+One stream: each thread reads some rows, quantizes them and forgets them, and what is finished is
+written in order, so memory does not grow with the model. All sizes are known, and the disk space is
+claimed, before the first weight is read.
 """
 
 import contextlib
@@ -11,8 +11,9 @@ import math
 import os
 import re
 import time
+from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,7 +25,7 @@ from edgeq import blocks
 from edgeq.blocks import BlockFormat
 from edgeq.errors import ModelError, RequestError
 from edgeq.gguf import GgufWriter, TensorSpec
-from edgeq.quantizers import available, find, quantize
+from edgeq.quantizers import available, find, quantize, thread_count
 from edgeq.recipe import Recipe, assign, recipes
 from edgeq.sources import Source, open_source
 from edgeq.text import printable
@@ -35,8 +36,9 @@ __all__ = ["ConversionReport", "TensorReport", "convert", "run"]
 Progress = Callable[[int, int, str], None]
 Importance = Mapping[str, NDArray[np.float32]]
 
-_CHUNK = 1 << 22  # weights per step: about 0.3 s, after which Ctrl-C is noticed
-_SAMPLED_ROWS = 8  # per step, for the error in the report
+_CHUNK = 1 << 20  # weights per step of a thread: some 10 ms, after which Ctrl-C is noticed
+_AHEAD = 4  # steps that may be done before their turn to be written
+_SAMPLED_ROWS = 4  # per step, for the error in the report
 _QUANTIZATION_VERSION = 2  # of ggml's block layouts
 
 
@@ -225,7 +227,7 @@ class _Encoder:
         # Floats are all the same to every method; "rtn" spares the import of compiled code.
         method = "rtn" if spec.format.value == "x" else self.method
         try:
-            return quantize(w, spec.format, weights, method, self.threads)
+            return quantize(w, spec.format, weights, method, threads=1)
         except RequestError as error:  # settings are checked: it is about the values
             raise ModelError(f"{spec.name}, rows from {start} on: {error}") from error
 
@@ -247,58 +249,67 @@ def _write_all(
         if progress is not None:
             progress(done, total, name)
 
-    with contextlib.closing(_read_ahead(source, specs)) as chunks:
+    with contextlib.closing(_parts(source, specs, encode)) as parts:
         for spec in specs:
-            yield _write_one(spec, chunks, encode, writer, advance)
+            yield _write_one(spec, parts, writer, advance)
 
 
 def _write_one(
     spec: TensorSpec,
-    chunks: "Iterator[_Chunk]",
-    encode: _Encoder,
+    parts: "Iterator[_Part]",
     writer: GgufWriter,
     advance: Callable[[int, str], None],
 ) -> TensorReport:
     rows, cols = _matrix(spec.shape)
-    packed = np.empty((rows, blocks.row_bytes(spec.format, cols)), np.uint8)
+    row_bytes = blocks.row_bytes(spec.format, cols)
     sample = _Sample()
     stop = 0
     while stop < rows:
-        start, stop, w = next(chunks)
-        packed[start:stop] = encode(spec, start, w)
-        sample.add(w, packed[start:stop], spec.format)
-        advance((stop - start) * packed.shape[1], spec.name)
-    writer.write(spec.name, packed)
+        start, stop, packed, compared = next(parts)
+        writer.write_part(spec.name, start * row_bytes, packed)
+        sample = sample.plus(compared)
+        advance(packed.nbytes, spec.name)
     error, mean_square = sample.result()
-    return TensorReport(spec.name, spec.shape, spec.format.name, packed.nbytes, error, mean_square)
+    name, shape, nbytes = spec.name, spec.shape, rows * row_bytes
+    return TensorReport(name, shape, spec.format.name, nbytes, error, mean_square)
 
 
-class _Chunk(NamedTuple):
-    """Rows start..stop of a tensor; w: [stop - start, cols]."""
+class _Part(NamedTuple):
+    """Rows start..stop of a tensor, as they go to the file: packed uint8 [n, row_bytes]."""
 
     start: int
     stop: int
-    w: NDArray[np.float32]
+    packed: NDArray[np.uint8]
+    sample: "_Sample"
 
 
-def _read_ahead(source: Source, specs: list[TensorSpec]) -> Generator[_Chunk, None, None]:
-    """All rows of all tensors in order; a thread reads the next ones meanwhile."""
+def _parts(
+    source: Source, specs: list[TensorSpec], encode: _Encoder
+) -> Generator[_Part, None, None]:
+    """All rows of all tensors in order; threads read and quantize the next ones meanwhile."""
 
-    def read(name: str, start: int, stop: int) -> _Chunk:
-        return _Chunk(start, stop, source.read(name, start, stop))
+    def work(spec: TensorSpec, start: int, stop: int) -> _Part:
+        w = source.read(spec.name, start, stop)
+        packed = encode(spec, start, w)
+        return _Part(start, stop, packed, _Sample.of(w, packed, spec.format))
 
-    steps = [
-        (spec.name, start, stop)
+    steps = (
+        (spec, start, stop)
         for spec in specs
         for start, stop in _ranges(spec.shape, source.row_step)
-    ]
-    with ThreadPoolExecutor(1, thread_name_prefix="edgeq-read") as pool:
-        waiting = pool.submit(read, *steps[0])
-        for step in steps[1:]:
-            chunk = waiting.result()
-            waiting = pool.submit(read, *step)
-            yield chunk
-        yield waiting.result()
+    )
+    threads = thread_count(encode.threads)
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="edgeq-quantize")
+    waiting: deque[Future[_Part]] = deque()
+    try:
+        for step in steps:
+            if len(waiting) == threads + _AHEAD:
+                yield waiting.popleft().result()
+            waiting.append(pool.submit(work, *step))
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _ranges(shape: tuple[int, ...], row_step: int) -> Iterator[tuple[int, int]]:
@@ -319,26 +330,32 @@ def _nbytes(spec: TensorSpec) -> int:
     return rows * blocks.row_bytes(spec.format, cols)
 
 
-class _Sample:
+class _Sample(NamedTuple):
     """Error of stored rows: decoding is slow, so a few rows per step must do."""
 
-    def __init__(self) -> None:
-        self._error = self._square = 0.0
-        self._count = 0
+    error: float = 0.0  # sum of (stored - w)^2
+    square: float = 0.0  # sum of w^2
+    count: int = 0  # weights
 
-    def add(self, w: NDArray[np.float32], packed: NDArray[np.uint8], fmt: BlockFormat) -> None:
+    @classmethod
+    def of(cls, w: NDArray[np.float32], packed: NDArray[np.uint8], fmt: BlockFormat) -> "_Sample":
         """Compare some rows of w [n, cols] with packed [n, row_bytes]."""
         some = slice(None, None, max(len(w) // _SAMPLED_ROWS, 1))
         exact = w[some].astype(np.float64)
-        self._square += float(np.square(exact).sum())
-        self._count += exact.size
-        if fmt.name != "F32":
-            self._error += float(np.square(blocks.decode(packed[some], fmt) - exact).sum())
+        square = float(np.square(exact).sum())
+        if fmt.name == "F32":
+            return cls(0.0, square, exact.size)
+        error = float(np.square(blocks.decode(packed[some], fmt) - exact).sum())
+        return cls(error, square, exact.size)
+
+    def plus(self, other: "_Sample") -> "_Sample":
+        """Both samples as one."""
+        return _Sample(*(a + b for a, b in zip(self, other)))
 
     def result(self) -> tuple[float, float]:
         """Relative RMSE, and mean square of the weights."""
-        relative = math.sqrt(self._error / self._square) if self._square else 0.0
-        return relative, self._square / max(self._count, 1)
+        relative = math.sqrt(self.error / self.square) if self.square else 0.0
+        return relative, self.square / max(self.count, 1)
 
 
 def _total_error(tensors: tuple[TensorReport, ...]) -> float:

@@ -13,6 +13,7 @@ import os
 import shutil
 import stat
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 from edgeq.errors import ResourceError
@@ -23,7 +24,7 @@ MARK = b"\0eq\n"  # the first bytes of an unfinished file; of no known kind of f
 
 _MARGIN = 64 << 20  # bytes, at most, that stay free on the disk beyond the file's own
 _PIECE = 16 << 20  # bytes per system call, so that Ctrl-C is seen in time
-_SYNC_EVERY = 256 << 20  # bytes; bounds what is lost, and the stall, when the disk is slow
+_SYNC_EVERY = 64 << 20  # bytes that go to the disk in the background while others are written
 
 
 class PartFile:
@@ -40,6 +41,8 @@ class PartFile:
         self.size = size
         self.force = force
         self._unsynced = 0
+        self._syncer = ThreadPoolExecutor(1, thread_name_prefix="edgeq-sync")  # starts when needed
+        self._syncing: Future[None] | None = None
         self._refuse_existing()
         self._fd = self._open()
         try:
@@ -56,7 +59,9 @@ class PartFile:
             self._unsynced += len(data)
             if self._unsynced >= _SYNC_EVERY:
                 self._unsynced = 0
-                getattr(os, "fdatasync", os.fsync)(self._fd)  # macOS has fsync only
+                self._wait_for_sync()
+                flush = getattr(os, "fdatasync", os.fsync)  # macOS has fsync only
+                self._syncing = self._syncer.submit(flush, self._fd)
 
     def pread(self, offset: int, size: int) -> bytes:
         """`size` bytes at `offset`, as the file holds them."""
@@ -66,6 +71,7 @@ class PartFile:
     def sync(self) -> None:
         """Wait until everything written is on the disk."""
         with _reported(self.part):
+            self._wait_for_sync()
             os.fsync(self._fd)
 
     def commit(self) -> None:
@@ -77,8 +83,7 @@ class PartFile:
         self._refuse_existing()
         with _reported(self.path):
             os.replace(self.part, self.path)
-            fd, self._fd = self._fd, -1
-            os.close(fd)
+            self._close()
             _sync_folder(self.path.parent)
 
     def abort(self) -> None:
@@ -87,8 +92,18 @@ class PartFile:
             return
         with contextlib.suppress(FileNotFoundError):
             os.unlink(self.part)
-        os.close(self._fd)
-        self._fd = -1
+        self._close()
+
+    def _wait_for_sync(self) -> None:
+        """Until the last flush in the background is done. Raises its OSError."""
+        done, self._syncing = self._syncing, None
+        if done is not None:
+            done.result()
+
+    def _close(self) -> None:
+        self._syncer.shutdown()
+        fd, self._fd = self._fd, -1
+        os.close(fd)
 
     def _refuse_existing(self) -> None:
         if self.path.is_dir():

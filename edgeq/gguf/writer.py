@@ -19,6 +19,7 @@ from edgeq.gguf.layout import (
     MAX_ALIGNMENT,
     U32,
     U64,
+    TensorInfo,
     TensorSpec,
     aligned,
 )
@@ -67,7 +68,7 @@ class GgufWriter:
         self._header, self.nbytes = _build(metadata, tensors, _alignment(metadata))
         checked = read_header(self._header, self.nbytes, str(self.path))
         self._tensors = checked.tensors
-        self._missing = set(checked.tensors)
+        self._missing = {name: info.nbytes for name, info in checked.tensors.items()}  # bytes
         self._file: PartFile | None = None
 
     def __enter__(self) -> Self:
@@ -85,15 +86,33 @@ class GgufWriter:
 
         Raises FormatError when the name or the number of bytes is not what was declared.
         """
-        info = self._tensors.get(name)
-        if info is None or self._file is None:
-            raise FormatError(f"{self.path}: tensor {printable(name)} was not declared, or is late")
-        raw = _as_bytes(data)
+        raw, info = _as_bytes(data), self._declared(name)
         if len(raw) != info.nbytes:
             sizes = f"{len(raw)} bytes: expected {info.nbytes}"
             raise FormatError(f"{self.path}: tensor {name} has {sizes}")
-        self._file.pwrite(info.offset, raw)
-        self._missing.discard(name)
+        self.write_part(name, 0, raw)
+
+    def write_part(
+        self, name: str, at: int, data: NDArray[Any] | bytes | bytearray | memoryview
+    ) -> None:
+        """Bytes of one tensor from byte `at` on; a tensor is complete when all are written, once.
+
+        Raises FormatError when the name or the place is not what was declared.
+        """
+        raw, info = _as_bytes(data), self._declared(name)
+        if not 0 <= at <= info.nbytes - len(raw) or len(raw) > self._missing.get(name, 0):
+            place = f"bytes {at} to {at + len(raw)}: expected {info.nbytes} in all, each once"
+            raise FormatError(f"{self.path}: tensor {name}: {place}")
+        self._file.pwrite(info.offset + at, raw)
+        self._missing[name] -= len(raw)
+        if not self._missing[name]:
+            del self._missing[name]
+
+    def _declared(self, name: str) -> TensorInfo:
+        info = self._tensors.get(name)
+        if info is None or self._file is None:
+            raise FormatError(f"{self.path}: tensor {printable(name)} was not declared, or is late")
+        return info
 
     def __exit__(
         self,
