@@ -58,11 +58,12 @@ def relative_rmse(w: Array, raw: NDArray[np.uint8], fmt: str) -> float:
 
 
 def cost(w: Array, importance: Array | None, fmt: blocks.BlockFormat) -> NDArray[np.float64]:
-    """What an error in each weight costs: importance * sqrt(1 + x x / mean), in float64."""
+    """What an error in each weight costs: importance * sqrt(1 + x x / power), in float64."""
     x = w.astype(np.float64)
     nested = fmt.group < fmt.block
     parts = x.reshape(-1, fmt.block) if nested else x
     power = (parts**2).mean(axis=1, keepdims=True) * (2 if nested else 1)
+    power *= 2 if importance is None else 1
     power[power <= 1e-30] = np.inf
     weights = np.sqrt(1 + parts**2 / power).reshape(x.shape)
     return weights if importance is None else weights * importance

@@ -22,7 +22,7 @@ from edgeq.errors import RequestError
 
 __all__ = ["Method", "available", "find", "quantize", "thread_count"]
 
-CHUNK = 1 << 17  # elements that one thread takes at a time: half a megabyte of them
+CHUNK = 1 << 18  # elements that one thread takes at a time: a megabyte of them
 FLOOR = 1e-5  # least importance, relative to the mean: keeps sums of weights away from 0
 # Values that rounding makes infinite; for blocks, more than any scale times any code can reach.
 LIMITS = {"f16": 65520.0, "bf16": 3.3961775e38, "f32": np.inf}
