@@ -335,7 +335,7 @@ class _Sample(NamedTuple):
 
     error: float = 0.0  # sum of (stored - w)^2
     square: float = 0.0  # sum of w^2
-    count: int = 0  # weights
+    weights: int = 0
 
     @classmethod
     def of(cls, w: NDArray[np.float32], packed: NDArray[np.uint8], fmt: BlockFormat) -> "_Sample":
@@ -350,12 +350,13 @@ class _Sample(NamedTuple):
 
     def plus(self, other: "_Sample") -> "_Sample":
         """Both samples as one."""
-        return _Sample(*(a + b for a, b in zip(self, other)))
+        error, square = self.error + other.error, self.square + other.square
+        return _Sample(error, square, self.weights + other.weights)
 
     def result(self) -> tuple[float, float]:
         """Relative RMSE, and mean square of the weights."""
         relative = math.sqrt(self.error / self.square) if self.square else 0.0
-        return relative, self.square / max(self.count, 1)
+        return relative, self.square / max(self.weights, 1)
 
 
 def _total_error(tensors: tuple[TensorReport, ...]) -> float:

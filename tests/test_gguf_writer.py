@@ -191,3 +191,36 @@ def test_data_may_be_strided_or_bytes(tmp_path: Path) -> None:
         writer.write("b", DATA["b"].tobytes())
     with open_gguf(tmp_path / "x.gguf") as file:
         assert file.tensor("a").tobytes() == wide[:, ::2].tobytes()
+
+
+def test_parts_make_a_tensor(tmp_path: Path) -> None:
+    raw = np.arange(512, dtype=np.uint16).astype(np.uint8)
+    with GgufWriter(tmp_path / "x.gguf", {}, SPECS) as writer:
+        writer.write_part("a", 300, raw[300:])
+        writer.write("b", DATA["b"])
+        writer.write_part("a", 0, raw[:300])
+    with open_gguf(tmp_path / "x.gguf") as file:
+        assert file.tensor("a").tobytes() == raw.tobytes()
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        ([(0, 500)], "1 tensors not written: a"),
+        ([(500, 13)], "tensor a: bytes 500 to 513: expected 512 in all"),
+        ([(-1, 5)], "tensor a: bytes -1 to 4"),
+        ([(0, 512), (8, 8)], "tensor a: bytes 8 to 16: expected 512 in all, each once"),
+    ],
+)
+def test_parts_that_make_no_tensor(
+    parts: list[tuple[int, int]], message: str, tmp_path: Path
+) -> None:
+    def write() -> None:
+        with GgufWriter(tmp_path / "x.gguf", {}, SPECS) as writer:
+            writer.write("b", DATA["b"])
+            for at, size in parts:
+                writer.write_part("a", at, bytes(size))
+
+    with pytest.raises(FormatError, match=message):
+        write()
+    assert list(tmp_path.iterdir()) == []

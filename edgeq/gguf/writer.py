@@ -86,7 +86,8 @@ class GgufWriter:
 
         Raises FormatError when the name or the number of bytes is not what was declared.
         """
-        raw, info = _as_bytes(data), self._declared(name)
+        raw = _as_bytes(data)
+        info, _ = self._declared(name)
         if len(raw) != info.nbytes:
             sizes = f"{len(raw)} bytes: expected {info.nbytes}"
             raise FormatError(f"{self.path}: tensor {name} has {sizes}")
@@ -99,20 +100,21 @@ class GgufWriter:
 
         Raises FormatError when the name or the place is not what was declared.
         """
-        raw, info = _as_bytes(data), self._declared(name)
+        raw = _as_bytes(data)
+        info, file = self._declared(name)
         if not 0 <= at <= info.nbytes - len(raw) or len(raw) > self._missing.get(name, 0):
             place = f"bytes {at} to {at + len(raw)}: expected {info.nbytes} in all, each once"
             raise FormatError(f"{self.path}: tensor {name}: {place}")
-        self._file.pwrite(info.offset + at, raw)
+        file.pwrite(info.offset + at, raw)
         self._missing[name] -= len(raw)
         if not self._missing[name]:
             del self._missing[name]
 
-    def _declared(self, name: str) -> TensorInfo:
+    def _declared(self, name: str) -> tuple[TensorInfo, PartFile]:
         info = self._tensors.get(name)
         if info is None or self._file is None:
             raise FormatError(f"{self.path}: tensor {printable(name)} was not declared, or is late")
-        return info
+        return info, self._file
 
     def __exit__(
         self,

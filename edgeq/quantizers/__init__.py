@@ -149,7 +149,7 @@ def _importance(importance: NDArray[np.floating[Any]] | None, cols: int) -> Arra
         at = int(np.argmax(~(np.isfinite(values) & (values >= 0))))
         raise RequestError(f"importance: column {at} is {values[at]}: expected a number >= 0")
     mean = values.mean() if cols else 0.0
-    if mean == 0:
+    if mean == 0 or values.min() == values.max():
         return None
     return np.maximum(values / mean, FLOOR).astype(np.float32)
 

@@ -25,9 +25,9 @@ Fields = dict[str, NDArray[Any]]
 STEPS = 7  # scales tried for each end of the levels
 SPREAD = 1.2  # how far beyond its level the extreme element is moved, in levels,
 LEAST_SPREAD = 0.09  # and this part of its own size at least: many levels, many good roundings
-UNKNOWN = 2  # times x x counts less where nothing is known about the columns
+UNKNOWN = 3  # times x x counts less where nothing is known about the columns
 REACH = 1  # how far integer scales move from where rounding put them
-AFFINE = (-0.4, 0.4, 5, 0.3, 3, 1)  # an AffinePlan
+AFFINE = (-0.4, 0.5, 4, 0.3, 3)  # an AffinePlan
 
 
 def quantize(w: Array, fmt: BlockFormat, importance: Array | None = None) -> Fields:
