@@ -1,8 +1,8 @@
 """Convert a checkpoint, or a GGUF file of floats, to a GGUF file in the formats of a recipe.
 
-One stream: some rows are read, quantized and forgotten while the next are being read; only the
-finished bytes of the tensor at hand are kept until it is complete. All sizes are known, and the
-disk space is claimed, before the first weight is read.
+One stream: each thread reads some rows, quantizes them and forgets them, and what is finished is
+written in order, so memory does not grow with the model. All sizes are known, and the disk space is
+claimed, before the first weight is read.
 """
 
 import contextlib
@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,11 +25,11 @@ from edgeq.errors import ModelError, RequestError
 from edgeq.gguf import GgufWriter, TensorSpec
 from edgeq.importance import Given, resolve
 from edgeq.native import native_recipe, ready
-from edgeq.quantizers import available, find, quantize
+from edgeq.quantizers import available, find, quantize, thread_count
 from edgeq.recipe import Recipe, assign, recipes
 from edgeq.resume import identity
 from edgeq.sources import Source, open_source
-from edgeq.stream import Chunk, Sample, matrix, nbytes, read_ahead
+from edgeq.stream import Chunk, Encoded, Part, Sample, matrix, nbytes, parts
 
 __all__ = ["ConversionReport", "TensorReport", "convert", "run"]
 
@@ -212,23 +212,23 @@ class _Encoder:
         if self.threads is not None and self.threads < 1:
             raise RequestError(f"threads = {self.threads}: expected at least 1")
 
-    def __call__(self, spec: TensorSpec, chunk: Chunk) -> "_Encoded":
+    def __call__(self, spec: TensorSpec, chunk: Chunk) -> Encoded:
         """Bytes of some rows of a tensor. Raises ModelError."""
         if chunk.raw is not None:
-            return _Encoded(chunk.raw, True)
+            return Encoded(chunk.raw, True)
         assert chunk.w is not None
         # Plain rounding leaves integers alone only where the source says that they are some.
         plain = self.method == "rtn" and chunk.grid is None
         found = None if plain else ready(spec.format, chunk.w, chunk.grid)
         if found is None:
-            return _Encoded(self._quantize(spec, chunk.start, chunk.w), False)
+            return Encoded(self._quantize(spec, chunk.start, chunk.w), False)
         kept = find(self.method).pack(found.fields, spec.format)
         if found.exact.all():
-            return _Encoded(kept, True)
+            return Encoded(kept, True)
         others = self._quantize(spec, chunk.start, chunk.w)
         shape = (*found.exact.shape, -1)
         both = np.where(found.exact[..., None], kept.reshape(shape), others.reshape(shape))
-        return _Encoded(both.reshape(kept.shape), False)
+        return Encoded(both.reshape(kept.shape), False)
 
     def _quantize(self, spec: TensorSpec, start: int, w: NDArray[np.float32]) -> NDArray[np.uint8]:
         """Bytes [n, row_bytes] of rows w [n, cols] from row `start` on. Raises ModelError."""
@@ -240,7 +240,7 @@ class _Encoder:
         # Floats are all the same to every method; "rtn" spares the import of compiled code.
         method = "rtn" if spec.format.value == "x" else self.method
         try:
-            return quantize(w, spec.format, weights, method, self.threads)
+            return quantize(w, spec.format, weights, method, threads=1)
         except RequestError as error:  # settings are checked: it is about the values
             raise ModelError(f"{spec.name}, rows from {start} on: {error}") from error
 
@@ -295,26 +295,22 @@ def _write_all(
 ) -> Iterator[TensorReport]:
     """Quantize and write every tensor that is not done, in order."""
     left = [spec for spec in specs if spec.name not in done]
-    with contextlib.closing(read_ahead(work.source, left)) as chunks:
+    threads = thread_count(work.encode.threads)
+    with contextlib.closing(parts(work.source, left, work.encode, threads)) as finished:
         for spec in specs:
-            yield done[spec.name] if spec.name in done else _write_one(spec, chunks, work)
+            yield done[spec.name] if spec.name in done else _write_one(spec, finished, work)
 
 
-def _write_one(spec: TensorSpec, chunks: Iterator[Chunk], work: _Work) -> TensorReport:
-    rows, cols = matrix(spec.shape)
-    packed = np.empty((rows, blocks.row_bytes(spec.format, cols)), np.uint8)
-    sample = Sample()
-    stop, kept = 0, True
+def _write_one(spec: TensorSpec, finished: Iterator[Part], work: _Work) -> TensorReport:
+    rows, _ = matrix(spec.shape)
+    sample, stop, kept = Sample(), 0, True
     while stop < rows:
-        chunk = next(chunks)
-        start, stop = chunk.start, chunk.stop
-        packed[start:stop], whole = work.encode(spec, chunk)
-        kept = kept and whole
-        sample.add(chunk.w, packed[start:stop], spec.format)
-        work.advance((stop - start) * packed.shape[1], spec.name)
-    found = (*sample.result(), kept)
-    work.writer.write(spec.name, packed, _MEMO.pack(*found))
-    return _report(spec, *found)
+        stop, encoded, compared = next(finished)
+        sample, kept = sample.plus(compared), kept and encoded.kept
+        work.advance(encoded.packed.nbytes, spec.name)  # where Ctrl-C is noticed
+        memo = _MEMO.pack(*sample.result(), kept)
+        work.writer.write_part(spec.name, encoded.packed, memo)
+    return _report(spec, *sample.result(), kept)
 
 
 def _report(spec: TensorSpec, error: float, mean_square: float, kept: bool) -> TensorReport:
@@ -341,13 +337,6 @@ def _second_time(
             f"{source.path}: {len(lost)} of {len(source.quantized)} quantized tensors were "
             f"quantized a second time, which adds errors: {advice}"
         )
-
-
-class _Encoded(NamedTuple):
-    """Packed rows uint8 [n, row_bytes]; kept: all of them are integers of the source."""
-
-    packed: NDArray[np.uint8]
-    kept: bool
 
 
 def _total_error(tensors: tuple[TensorReport, ...]) -> float:

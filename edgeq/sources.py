@@ -208,8 +208,10 @@ class GgufSource:
         rows = raw.reshape(-1, raw.shape[-1])[start:stop]
         if fmt.value == "x":
             w = to_float32(rows.reshape(-1), fmt.name).reshape(stop - start, -1)
+            w = np.array(w) if fmt.name == "F32" else w  # no view of what is forgotten
         else:
             w = blocks.decode(rows, fmt)
+        self._gguf.forget(rows)
         bad = first_nonfinite(w)
         if bad is not None:
             row, column = divmod(bad, w.shape[1])
@@ -232,7 +234,9 @@ class GgufSource:
                 f"{self.path}: {name}: row {start + row}, block {block}: expected finite numbers: "
                 "the file is damaged"
             )
-        return rows
+        copied = np.array(rows)
+        self._gguf.forget(rows)
+        return copied
 
     def grid(self, name: str, start: int, stop: int) -> None:
         """See `Source.grid`."""

@@ -1,8 +1,9 @@
-"""Rows of a source on their way to a file: read one step ahead, and compared in the end."""
+"""Rows of a source on their way to a file: threads read, encode and compare some at a time."""
 
 import math
-from collections.abc import Generator, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
@@ -14,10 +15,11 @@ from edgeq.gguf import TensorSpec
 from edgeq.grid import Grid
 from edgeq.sources import Source
 
-__all__ = ["Chunk", "Sample", "matrix", "nbytes", "read_ahead"]
+__all__ = ["Chunk", "Encoded", "Part", "Sample", "matrix", "nbytes", "parts"]
 
-_CHUNK = 1 << 22  # weights per step: about 0.3 s, after which Ctrl-C is noticed
-_SAMPLED_ROWS = 8  # per step, for the error in the report
+_CHUNK = 1 << 20  # weights per step of a thread: some 10 ms, after which Ctrl-C is noticed
+_AHEAD = 4  # steps that may be done before their turn to be written
+_SAMPLED_ROWS = 4  # per step, for the error in the report
 
 
 class Chunk(NamedTuple):
@@ -30,31 +32,59 @@ class Chunk(NamedTuple):
     grid: Grid | None = None
 
 
-def read_ahead(source: Source, specs: list[TensorSpec]) -> Generator[Chunk, None, None]:
-    """All rows of all tensors in order; a thread reads the next ones meanwhile."""
+class Encoded(NamedTuple):
+    """Packed rows uint8 [n, row_bytes]; kept: all of them are integers of the source."""
 
-    def read(spec: TensorSpec, start: int, stop: int) -> Chunk:
-        raw = source.copy(spec.name, spec.format, start, stop)
-        if raw is not None:
-            return Chunk(start, stop, raw)
-        grid = source.grid(spec.name, start, stop)
-        w = source.read(spec.name, start, stop) if grid is None else grid.values()
-        return Chunk(start, stop, None, w, grid)
+    packed: NDArray[np.uint8]
+    kept: bool
 
-    steps = [
+
+class Part(NamedTuple):
+    """Rows of a tensor up to row `stop`, as they go to the file."""
+
+    stop: int
+    encoded: Encoded
+    sample: "Sample"
+
+
+Encode = Callable[[TensorSpec, Chunk], Encoded]
+
+
+def parts(
+    source: Source, specs: list[TensorSpec], encode: Encode, threads: int
+) -> Generator[Part, None, None]:
+    """All rows of all tensors in order; threads read and encode the next ones meanwhile."""
+
+    def work(spec: TensorSpec, start: int, stop: int) -> Part:
+        chunk = _read(source, spec, start, stop)
+        encoded = encode(spec, chunk)
+        return Part(stop, encoded, Sample.of(chunk.w, encoded.packed, spec.format))
+
+    steps = (
         (spec, start, stop)
         for spec in specs
         for start, stop in _ranges(spec.shape, source.row_step)
-    ]
-    if not steps:
-        return
-    with ThreadPoolExecutor(1, thread_name_prefix="edgeq-read") as pool:
-        waiting = pool.submit(read, *steps[0])
-        for step in steps[1:]:
-            chunk = waiting.result()
-            waiting = pool.submit(read, *step)
-            yield chunk
-        yield waiting.result()
+    )
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="edgeq-quantize")
+    waiting: deque[Future[Part]] = deque()
+    try:
+        for step in steps:
+            if len(waiting) == threads + _AHEAD:
+                yield waiting.popleft().result()
+            waiting.append(pool.submit(work, *step))
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _read(source: Source, spec: TensorSpec, start: int, stop: int) -> Chunk:
+    raw = source.copy(spec.name, spec.format, start, stop)
+    if raw is not None:
+        return Chunk(start, stop, raw)
+    grid = source.grid(spec.name, start, stop)
+    w = source.read(spec.name, start, stop) if grid is None else grid.values()
+    return Chunk(start, stop, None, w, grid)
 
 
 def _ranges(shape: tuple[int, ...], row_step: int) -> Iterator[tuple[int, int]]:
@@ -71,30 +101,38 @@ def matrix(shape: tuple[int, ...]) -> tuple[int, int]:
 
 
 def nbytes(spec: TensorSpec) -> int:
+    """Size of a tensor in the file."""
     rows, cols = matrix(spec.shape)
     return rows * blocks.row_bytes(spec.format, cols)
 
 
-class Sample:
+class Sample(NamedTuple):
     """Error of stored rows: decoding is slow, so a few rows per step must do."""
 
-    def __init__(self) -> None:
-        self._error = self._square = 0.0
-        self._count = 0
+    error: float = 0.0  # sum of (stored - w)^2
+    square: float = 0.0  # sum of w^2
+    weights: int = 0
 
-    def add(
-        self, w: NDArray[np.float32] | None, packed: NDArray[np.uint8], fmt: BlockFormat
-    ) -> None:
+    @classmethod
+    def of(
+        cls, w: NDArray[np.float32] | None, packed: NDArray[np.uint8], fmt: BlockFormat
+    ) -> "Sample":
         """Compare some rows of w [n, cols] with packed [n, row_bytes]; None: they are the same."""
         some = slice(None, None, max(len(packed) // _SAMPLED_ROWS, 1))
         w = blocks.decode(packed[some], fmt) if w is None else w[some]
         exact = w.astype(np.float64)
-        self._square += float(np.square(exact).sum())
-        self._count += exact.size
-        if fmt.name != "F32":
-            self._error += float(np.square(blocks.decode(packed[some], fmt) - exact).sum())
+        square = float(np.square(exact).sum())
+        if fmt.name == "F32":
+            return cls(0.0, square, exact.size)
+        error = float(np.square(blocks.decode(packed[some], fmt) - exact).sum())
+        return cls(error, square, exact.size)
+
+    def plus(self, other: "Sample") -> "Sample":
+        """Both samples as one."""
+        error, square = self.error + other.error, self.square + other.square
+        return Sample(error, square, self.weights + other.weights)
 
     def result(self) -> tuple[float, float]:
         """Relative RMSE, and mean square of the weights."""
-        relative = math.sqrt(self._error / self._square) if self._square else 0.0
-        return relative, self._square / max(self._count, 1)
+        relative = math.sqrt(self.error / self.square) if self.square else 0.0
+        return relative, self.square / max(self.weights, 1)

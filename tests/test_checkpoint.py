@@ -143,6 +143,13 @@ def test_bf16_and_f16_equal_gguf_py(rng: np.random.Generator) -> None:
         np.testing.assert_array_equal(to_float32(raw, name), expected)
 
 
+def test_every_float16_value() -> None:
+    every = np.arange(1 << 16, dtype=np.uint16)
+    expected = every.view(np.float16).astype(np.float32)
+    found = to_float32(every.view(np.uint8), "F16")
+    assert np.array_equal(found.view(np.uint32), expected.view(np.uint32))
+
+
 def test_float8_equals_its_definition() -> None:
     def slow(code: int) -> float:
         sign, exponent, fraction = code >> 7, code >> 3 & 15, code & 7

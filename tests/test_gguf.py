@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import gguf
+import numpy as np
 import pytest
 from conftest import OpenBytes
 from rawgguf import ARRAY, BOOL, NONE, ONE, TINY, U32, array, check_equal, kv
 
 from edgeq import blocks
 from edgeq.errors import FormatError, ResourceError
-from edgeq.gguf import open_gguf
+from edgeq.gguf import GgufWriter, TensorSpec, open_gguf
 
 
 def test_tiny_file(open_bytes: OpenBytes) -> None:
@@ -108,6 +109,20 @@ def test_61_truncated_while_open(tmp_path: Path) -> None:
 
 
 # ---- typed access
+
+
+def test_forgotten_rows_can_be_read_again(tmp_path: Path) -> None:
+    raw = np.arange(64 * 1024, dtype=np.float32).reshape(64, 1024)
+    with GgufWriter(
+        tmp_path / "x.gguf", {}, [TensorSpec("a", raw.shape, blocks.get("F32"))]
+    ) as writer:
+        writer.write("a", raw)
+    with open_gguf(tmp_path / "x.gguf") as file:
+        rows = file.tensor("a")[5:60]
+        for part in (rows, rows[:1], rows[-1:], file.tensor("a")):
+            file.forget(part)
+            assert file.tensor("a").tobytes() == raw.tobytes()
+    file.forget(rows)  # after `close`: nothing to do
 
 
 def test_get_checks_the_type(open_bytes: OpenBytes) -> None:

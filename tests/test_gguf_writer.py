@@ -191,3 +191,33 @@ def test_data_may_be_strided_or_bytes(tmp_path: Path) -> None:
         writer.write("b", DATA["b"].tobytes())
     with open_gguf(tmp_path / "x.gguf") as file:
         assert file.tensor("a").tobytes() == wide[:, ::2].tobytes()
+
+
+def test_parts_make_a_tensor(tmp_path: Path) -> None:
+    raw = np.arange(512, dtype=np.uint16).astype(np.uint8)
+    with GgufWriter(tmp_path / "x.gguf", {}, SPECS) as writer:
+        writer.write_part("a", raw[:300])
+        writer.write("b", DATA["b"])
+        writer.write_part("a", raw[300:])
+    with open_gguf(tmp_path / "x.gguf") as file:
+        assert file.tensor("a").tobytes() == raw.tobytes()
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ([500], "1 tensors not written: a"),
+        ([500, 13], "tensor a has 1 bytes more than the declared 512"),
+        ([512, 8], "tensor a has 8 bytes more than the declared 512"),
+    ],
+)
+def test_parts_that_make_no_tensor(sizes: list[int], message: str, tmp_path: Path) -> None:
+    def write() -> None:
+        with GgufWriter(tmp_path / "x.gguf", {}, SPECS) as writer:
+            writer.write("b", DATA["b"])
+            for size in sizes:
+                writer.write_part("a", bytes(size))
+
+    with pytest.raises(FormatError, match=message):
+        write()
+    assert list(tmp_path.iterdir()) == []

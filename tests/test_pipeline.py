@@ -16,6 +16,7 @@ from edgeq.errors import EdgeqError, ModelError, RequestError, ResourceError
 from edgeq.gguf import open_gguf
 from edgeq.models import llama
 from edgeq.pipeline import convert, run
+from edgeq.sources import CheckpointSource
 
 WIDE = {**CONFIG, "hidden_size": 256, "intermediate_size": 512}
 
@@ -70,6 +71,34 @@ def test_small_steps_give_the_same_file(
     whole = convert(checkpoint, tmp_path / "whole.gguf", "F16").read_bytes()
     monkeypatch.setattr(stream, "_CHUNK", 100)  # less than one head of 16 rows
     assert convert(checkpoint, tmp_path / "steps.gguf", "F16").read_bytes() == whole
+
+
+def test_threads_give_the_same_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = write_checkpoint(tmp_path / "wide", WIDE)
+    monkeypatch.setattr(stream, "_CHUNK", 1 << 13)  # many steps, which end in any order
+    one, *more = (run(source, tmp_path / f"{n}.gguf", "Q4_K_M", threads=n) for n in (1, 2, 5))
+    for other in more:
+        assert other.path.read_bytes() == one.path.read_bytes()
+        assert other.tensors == one.tensors
+
+
+def test_the_first_error_ends_a_conversion(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stream, "_CHUNK", 100)
+    read, asked = CheckpointSource.read, []
+
+    def damaged(self: CheckpointSource, name: str, start: int, stop: int) -> NDArray[np.float32]:
+        asked.append(name)
+        if len(asked) == 5:
+            raise ModelError(f"{name} is damaged")
+        return read(self, name, start, stop)
+
+    monkeypatch.setattr(CheckpointSource, "read", damaged)
+    with pytest.raises(ModelError, match="is damaged"):
+        convert(checkpoint, tmp_path / "out.gguf", "F16", threads=2)
+    assert len(asked) < 20  # of many more
+    assert not list(tmp_path.glob("out*"))
 
 
 def test_checkpoint_to_floats_to_target_equals_the_direct_way(

@@ -9,6 +9,7 @@ import gguf
 import numpy as np
 import pytest
 from conftest import RandomBlocks
+from numpy.typing import NDArray
 
 from edgeq import blocks
 from edgeq.quantizers import find, quantize
@@ -51,6 +52,72 @@ def test_fields_are_shaped_as_unpack_gives_them(
     assert set(fields) == set(unpacked)
     for name, values in unpacked.items():
         assert np.array_equal(fields[name].astype(values.dtype), values)
+
+
+# --- steps of the search ---
+
+
+def tile(rng: np.random.Generator, rows: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Elements and weights of 16 groups, one per column [rows, 16]; the last three are odd ones."""
+    x = rng.standard_t(3, (rows, 16)).astype(np.float32)
+    x[:, 13], x[:, 14], x[1:, 15] = 0, 0.25, 0
+    return x, rng.uniform(0.1, 3, (rows, 16)).astype(np.float32)
+
+
+def test_climbing_never_loses_what_the_best_scale_had(rng: np.random.Generator) -> None:
+    from edgeq.quantizers.search import scan
+    from edgeq.quantizers.search.jit import kernel
+    from edgeq.quantizers.search.lanes import load, store
+
+    @kernel
+    def sums(rows, levels, scales, out):  # type: ignore[no-untyped-def]
+        scale = load(scales, 0)
+        for i, (xl, ll) in enumerate(
+            (
+                scan.fit(rows, 0, scan.inverse(scale), levels),
+                scan.climb(rows, 0, scale, levels),
+            )
+        ):
+            store(out, 2 * i, xl)
+            store(out, 2 * i + 1, ll)
+
+    x, w = tile(rng, 32)
+    out = np.empty(64, np.float32)
+    scales = (np.abs(x).max(axis=0) / 8).astype(np.float32)
+    rows = scan.Rows(x.reshape(-1), w.reshape(-1), 32)
+    sums(rows, scan.Levels(-8.0, 7.0, None), scales, out)
+    xl, ll, better_xl, better_ll = out.reshape(4, 16).astype(np.float64)
+    before = np.divide(xl**2, ll, out=np.zeros(16), where=ll > 0)
+    after = np.divide(better_xl**2, better_ll, out=np.zeros(16), where=better_ll > 0)
+    assert (after >= before * (1 - 1e-6)).all()
+    assert (after > before * (1 + 1e-5)).sum() > 4
+
+
+def test_climbing_with_an_offset_never_loses(rng: np.random.Generator) -> None:
+    from edgeq.quantizers.search import affine, scan
+    from edgeq.quantizers.search.jit import kernel
+    from edgeq.quantizers.search.lanes import load, splat, store
+
+    @kernel
+    def sums(rows, scales, lows, top, out):  # type: ignore[no-untyped-def]
+        scale, base, zero = load(scales, 0), load(lows, 0), splat(0.0)
+        one, sx = affine.totals(rows, 0, base)
+        for i, (sl, ll, xl) in enumerate(
+            (
+                affine.moments(rows, 0, base, scan.inverse(scale), zero, top),
+                affine.climb(rows, 0, base, scale, zero, top, one, sx),
+            )
+        ):
+            store(out, i, affine.solve(one, sx, sl, ll, xl, splat(scan.UNBOUNDED))[2])
+
+    x, w = tile(rng, 32)
+    out = np.empty(32, np.float32)
+    scales = (np.ptp(x, axis=0) / 15).astype(np.float32)
+    rows = scan.Rows(x.reshape(-1), w.reshape(-1), 32)
+    sums(rows, scales, x.min(axis=0), 15.0, out)
+    before, after = out.reshape(2, 16)[:, :13].astype(np.float64)
+    assert (after >= before * (1 - 1e-6)).all()
+    assert (after > before * (1 + 1e-5)).sum() > 4
 
 
 # --- compiled code ---

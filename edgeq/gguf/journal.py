@@ -14,7 +14,7 @@ import numpy as np
 
 from edgeq.errors import FormatError
 
-__all__ = ["MEMO_BYTES", "Journal", "checksum", "identity_of"]
+__all__ = ["MEMO_BYTES", "Checksum", "Journal", "identity_of"]
 
 MEMO_BYTES = 24  # that whoever wrote a part may keep with it
 
@@ -22,7 +22,7 @@ _MAGIC = b"edgeq journal 1\n"
 _FOOTER = struct.Struct("<QQ16s")  # bytes of the identity, number of records, magic
 _RECORD = struct.Struct(f"<II{MEMO_BYTES}s")  # 1 when finished, checksum, memo
 _MAX_IDENTITY = 1 << 20  # bytes
-_PAGE = 512  # words
+_PAGE = 4096  # bytes
 
 
 class Journal:
@@ -51,9 +51,9 @@ class Journal:
         return len(self._text) + i * _RECORD.size
 
     @staticmethod
-    def record(data: memoryview, memo: bytes) -> bytes:
-        """Record of a finished part with its bytes `data`."""
-        return _RECORD.pack(1, checksum(data, memo), memo)
+    def record(total: "Checksum", memo: bytes) -> bytes:
+        """Record of a finished part with the checksum of its bytes."""
+        return _RECORD.pack(1, total.value(memo), memo)
 
     @staticmethod
     def parse(record: bytes) -> tuple[int, bytes] | None:
@@ -64,18 +64,38 @@ class Journal:
     record_bytes = _RECORD.size
 
 
-def checksum(data: memoryview, memo: bytes = b"") -> int:
+class Checksum:
     """CRC-32 of the sums of pages of 4 KiB: finds pages that never reached the disk, at its speed.
 
-    >>> checksum(memoryview(b"abc")) == checksum(memoryview(b"abd"))
+    >>> one, two = Checksum(), Checksum()
+    >>> one.add(memoryview(b"abc" * 5000)); two.add(memoryview(b"abc" * 5000 + b"d"))
+    >>> one.value(b"memo") == two.value(b"memo")
     False
     """
-    words = len(data) // 8
-    array = np.frombuffer(data, "<u8", words)
-    whole = words // _PAGE * _PAGE
-    sums = array[:whole].reshape(-1, _PAGE).sum(axis=1, dtype=np.uint64)
-    rest = array[whole:].tobytes() + bytes(data[8 * words :])
-    return zlib.crc32(rest, zlib.crc32(sums.tobytes(), zlib.crc32(memo.ljust(MEMO_BYTES, b"\0"))))
+
+    def __init__(self) -> None:
+        self._crc, self._rest = 0, b""
+
+    def add(self, data: memoryview) -> None:
+        """The next bytes."""
+        if self._rest:
+            missing = _PAGE - len(self._rest)
+            self._rest += bytes(data[:missing])
+            data = data[missing:]
+            if len(self._rest) < _PAGE:
+                return
+            self._fold(memoryview(self._rest))
+        whole = len(data) // _PAGE * _PAGE
+        self._fold(data[:whole])
+        self._rest = bytes(data[whole:])
+
+    def _fold(self, pages: memoryview) -> None:
+        sums = np.frombuffer(pages, "<u8").reshape(-1, _PAGE // 8).sum(axis=1, dtype=np.uint64)
+        self._crc = zlib.crc32(sums.tobytes(), self._crc)
+
+    def value(self, memo: bytes) -> int:
+        """Checksum of all bytes so far and of what is kept with them."""
+        return zlib.crc32(memo.ljust(MEMO_BYTES, b"\0"), zlib.crc32(self._rest, self._crc))
 
 
 def identity_of(fd: int) -> dict[str, str] | None:

@@ -14,10 +14,11 @@ import os
 import shutil
 import stat
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 from edgeq.errors import ResourceError
-from edgeq.gguf.journal import Journal, checksum, identity_of
+from edgeq.gguf.journal import Checksum, Journal, identity_of
 from edgeq.text import printable
 
 __all__ = ["MARK", "PartFile"]
@@ -26,7 +27,7 @@ MARK = b"\0eq\n"  # the first bytes of an unfinished file; of no known kind of f
 
 _MARGIN = 64 << 20  # bytes, at most, that stay free on the disk beyond the file's own
 _PIECE = 16 << 20  # bytes per system call, so that Ctrl-C is seen in time
-_SYNC_EVERY = 256 << 20  # bytes; bounds what is lost, and the stall, when the disk is slow
+_SYNC_EVERY = 64 << 20  # bytes that go to the disk in the background while others are written
 
 
 class PartFile:
@@ -55,6 +56,8 @@ class PartFile:
         self.size = size
         self.force = force
         self._unsynced = 0
+        self._syncer = ThreadPoolExecutor(1, thread_name_prefix="edgeq-sync")  # starts when needed
+        self._syncing: Future[None] | None = None
         self._refuse_existing()
         self._fd = self._open()
         try:
@@ -71,17 +74,19 @@ class PartFile:
             self._unsynced += len(data)
             if self._unsynced >= _SYNC_EVERY:
                 self._unsynced = 0
-                getattr(os, "fdatasync", os.fsync)(self._fd)  # macOS has fsync only
+                self._wait_for_sync()
+                flush = getattr(os, "fdatasync", os.fsync)  # macOS has fsync only
+                self._syncing = self._syncer.submit(flush, self._fd)
 
     def pread(self, offset: int, size: int) -> bytes:
         """`size` bytes at `offset`, as the file holds them."""
         with _reported(self.part):
             return os.pread(self._fd, size, offset)
 
-    def finish(self, i: int, data: memoryview, memo: bytes) -> None:
-        """Note in the journal that part `i` is written; data: its bytes."""
+    def finish(self, i: int, total: Checksum, memo: bytes) -> None:
+        """Note in the journal that part `i` is written; total: of its bytes."""
         assert self.journal
-        record = self.journal.record(data, memo)
+        record = self.journal.record(total, memo)
         self.pwrite(self.size + self.journal.place(i), memoryview(record))
 
     def recall(self, i: int, offset: int, size: int) -> bytes | None:
@@ -92,15 +97,15 @@ class PartFile:
         found = self.journal.parse(self.pread(place, self.journal.record_bytes))
         if found is None:
             return None
-        data = bytearray(size)
+        total = Checksum()
         for start in range(0, size, _PIECE):
-            data[start : start + _PIECE] = self.pread(offset + start, min(_PIECE, size - start))
-        intact = len(data) == size and checksum(memoryview(data), found[1]) == found[0]
-        return found[1] if intact else None
+            total.add(memoryview(self.pread(offset + start, min(_PIECE, size - start))))
+        return found[1] if total.value(found[1]) == found[0] else None
 
     def sync(self) -> None:
         """Wait until everything written is on the disk."""
         with _reported(self.part):
+            self._wait_for_sync()
             os.fsync(self._fd)
 
     def commit(self) -> None:
@@ -115,8 +120,7 @@ class PartFile:
         self._refuse_existing()
         with _reported(self.path):
             os.replace(self.part, self.path)
-            fd, self._fd = self._fd, -1
-            os.close(fd)
+            self._close()
             _sync_folder(self.path.parent)
 
     def abort(self) -> None:
@@ -125,13 +129,22 @@ class PartFile:
             return
         with contextlib.suppress(FileNotFoundError):
             os.unlink(self.part)
-        os.close(self._fd)
-        self._fd = -1
+        self._close()
+
+    def _wait_for_sync(self) -> None:
+        """Until the last flush in the background is done. Raises its OSError."""
+        done, self._syncing = self._syncing, None
+        if done is not None:
+            done.result()
+
+    def _close(self) -> None:
+        self._syncer.shutdown()
+        fd, self._fd = self._fd, -1
+        os.close(fd)
 
     def suspend(self) -> None:
         """Leave NAME.part for a later run."""
-        os.close(self._fd)
-        self._fd = -1
+        self._close()
 
     def give_up(self) -> None:
         """Before any work: leave what an earlier run has left, and nothing else."""

@@ -97,6 +97,14 @@ class Gguf:
         raw = self._bytes[info.offset : info.offset + info.nbytes]
         return raw.reshape(*info.shape[:-1], row_bytes(info.format, info.shape[-1]))
 
+    def forget(self, rows: NDArray[np.uint8]) -> None:
+        """Give back the memory of a contiguous part of a tensor; it is read again when needed."""
+        if self._bytes is None or not hasattr(mmap, "MADV_DONTNEED"):
+            return
+        at = rows.__array_interface__["data"][0] - self._bytes.__array_interface__["data"][0]
+        first = at // mmap.PAGESIZE * mmap.PAGESIZE
+        self._mapped.madvise(mmap.MADV_DONTNEED, first, at + rows.nbytes - first)
+
     @overload
     def get(self, key: str, type_: type[Scalar]) -> Scalar: ...
     @overload

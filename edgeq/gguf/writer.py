@@ -14,13 +14,14 @@ from numpy.typing import NDArray
 from edgeq.blocks import row_bytes
 from edgeq.errors import FormatError, ResourceError
 from edgeq.gguf.header import read_header
-from edgeq.gguf.journal import Journal
+from edgeq.gguf.journal import Checksum, Journal
 from edgeq.gguf.layout import (
     DEFAULT_ALIGNMENT,
     MAGIC,
     MAX_ALIGNMENT,
     U32,
     U64,
+    TensorInfo,
     TensorSpec,
     aligned,
 )
@@ -74,7 +75,8 @@ class GgufWriter:
         self._header, self.nbytes = _build(metadata, tensors, _alignment(metadata))
         checked = read_header(self._header, self.nbytes, str(self.path))
         self._tensors = checked.tensors
-        self._missing = set(checked.tensors)
+        self._missing = {name: info.nbytes for name, info in checked.tensors.items()}  # bytes
+        self._sums: dict[str, Checksum] = {}  # of tensors that are partly written
         self._numbers = {name: i for i, name in enumerate(checked.tensors)}
         self._journal: Journal | None = None
         if identity is not None:
@@ -108,7 +110,7 @@ class GgufWriter:
         info = self._tensors[name]
         memo = self._file.recall(self._numbers[name], info.offset, info.nbytes)
         if memo is not None:
-            self._missing.discard(name)
+            self._missing.pop(name, None)
         return memo
 
     def write(
@@ -123,17 +125,43 @@ class GgufWriter:
 
         Raises FormatError when the name or the number of bytes is not what was declared.
         """
-        info = self._tensors.get(name)
-        if info is None or self._file is None:
-            raise FormatError(f"{self.path}: tensor {printable(name)} was not declared, or is late")
         raw = _as_bytes(data)
+        info, _ = self._declared(name)
         if len(raw) != info.nbytes:
             sizes = f"{len(raw)} bytes: expected {info.nbytes}"
             raise FormatError(f"{self.path}: tensor {name} has {sizes}")
-        self._file.pwrite(info.offset, raw)
+        self.write_part(name, raw, memo)
+
+    def write_part(
+        self, name: str, data: NDArray[Any] | bytes | bytearray | memoryview, memo: bytes = b""
+    ) -> None:
+        """The next bytes of one tensor; memo: see `write`, with the last of them.
+
+        Raises FormatError when the name or the number of bytes is not what was declared.
+        """
+        raw = _as_bytes(data)
+        info, file = self._declared(name)
+        left = self._missing.get(name, 0)
+        if len(raw) > left:
+            raise FormatError(
+                f"{self.path}: tensor {name} has {len(raw) - left} bytes more than the declared "
+                f"{info.nbytes}"
+            )
+        file.pwrite(info.offset + info.nbytes - left, raw)
+        total = self._sums.setdefault(name, Checksum())
         if self._journal is not None:
-            self._file.finish(self._numbers[name], raw, memo)
-        self._missing.discard(name)
+            total.add(raw)
+        self._missing[name] = left - len(raw)
+        if left == len(raw):
+            del self._missing[name], self._sums[name]
+            if self._journal is not None:
+                file.finish(self._numbers[name], total, memo)
+
+    def _declared(self, name: str) -> tuple[TensorInfo, PartFile]:
+        info = self._tensors.get(name)
+        if info is None or self._file is None:
+            raise FormatError(f"{self.path}: tensor {printable(name)} was not declared, or is late")
+        return info, self._file
 
     def __exit__(
         self,

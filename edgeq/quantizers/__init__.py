@@ -20,9 +20,9 @@ from edgeq import blocks
 from edgeq.blocks import BlockFormat
 from edgeq.errors import RequestError
 
-__all__ = ["Method", "available", "find", "quantize"]
+__all__ = ["Method", "available", "find", "quantize", "thread_count"]
 
-CHUNK = 1 << 17  # elements that one thread takes at a time: half a megabyte of them
+CHUNK = 1 << 18  # elements that one thread takes at a time: a megabyte of them
 FLOOR = 1e-5  # least importance, relative to the mean: keeps sums of weights away from 0
 # Values that rounding makes infinite; for blocks, more than any scale times any code can reach.
 LIMITS = {"f16": 65520.0, "bf16": 3.3961775e38, "f32": np.inf}
@@ -101,7 +101,7 @@ def quantize(
         _check(chunk, fmt, part.start)
         out[part] = _encode(chunk, fmt, weights, chosen, part.start)
 
-    _run(work, list(_parts(w.shape)), _threads(threads))
+    _run(work, list(_parts(w.shape)), thread_count(threads))
     return out
 
 
@@ -149,7 +149,7 @@ def _importance(importance: NDArray[np.floating[Any]] | None, cols: int) -> Arra
         at = int(np.argmax(~(np.isfinite(values) & (values >= 0))))
         raise RequestError(f"importance: column {at} is {values[at]}: expected a number >= 0")
     mean = values.mean() if cols else 0.0
-    if mean == 0:
+    if mean == 0 or values.min() == values.max():
         return None
     return np.maximum(values / mean, FLOOR).astype(np.float32)
 
@@ -164,7 +164,8 @@ def _parts(shape: tuple[int, ...]) -> Iterator[slice]:
         yield slice(start, min(start + step, rows))
 
 
-def _threads(threads: int | None) -> int:
+def thread_count(threads: int | None) -> int:
+    """`threads`, or one per core that this process may use. Raises RequestError below 1."""
     if threads is None:
         known = hasattr(os, "sched_getaffinity")
         return len(os.sched_getaffinity(0)) if known else os.cpu_count() or 1

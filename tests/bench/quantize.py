@@ -1,7 +1,8 @@
 """Speed and error of the quantizers: `python tests/bench/quantize.py [METHOD] [FORMAT ...]`.
 
 Quantizes a matrix of 4 M random weights to each format, on one thread and on all. Mparam/s is
-millions of weights per second, MB/s the float32 bytes read; error is the relative RMSE.
+millions of weights per second, MB/s the float32 bytes read; error is the relative RMSE. Whole
+conversions, beside llama-quantize: conversion.py; their memory: memory.py.
 """
 
 import sys

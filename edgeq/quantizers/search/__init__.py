@@ -2,8 +2,9 @@
 
 For each block: many scales are tried, each rounding is solved by least squares, integer sub-scales
 are chosen by their true error, and codes are rounded against the numbers that the file will hold.
-The searches and weights follow llama.cpp's (ggml-quants.c); scanning both ends of the range, and
-refitting d and dmin afterwards, gives less error than it has.
+The searches and weights follow llama.cpp's (ggml-quants.c); scanning both ends of the range,
+moving integer scales to where their error is least, and refitting d and dmin afterwards, gives less
+error than it has.
 
 Four searches serve all formats, one for each value family: `flat` and `nested`, with an offset or
 without. They are compiled by Numba at first use.
@@ -21,10 +22,12 @@ __all__ = ["pack", "quantize"]
 Array = NDArray[np.float32]
 Fields = dict[str, NDArray[Any]]
 
-STEPS = 8  # scales tried for each end of the levels
-SPREAD = 0.9  # how far beyond its level the extreme element is moved, in levels
+STEPS = 7  # scales tried for each end of the levels
+SPREAD = 1.2  # how far beyond its level the extreme element is moved, in levels,
+LEAST_SPREAD = 0.09  # and this part of its own size at least: many levels, many good roundings
+UNKNOWN = 3  # times x x counts less where nothing is known about the columns
 REACH = 1  # how far integer scales move from where rounding put them
-AFFINE = (-0.4, 0.3, 8, 0.3, 3, 2)  # an AffinePlan
+AFFINE = (-0.4, 0.5, 4, 0.3, 3)  # an AffinePlan
 
 
 def quantize(w: Array, fmt: BlockFormat, importance: Array | None = None) -> Fields:
@@ -42,7 +45,8 @@ def quantize(w: Array, fmt: BlockFormat, importance: Array | None = None) -> Fie
     blocks = w.size // fmt.block
     fields = {name: _empty(fmt, name, blocks) for name in fmt.fields}
     weights = np.empty(0, np.float32) if importance is None else importance
-    inputs = np.ascontiguousarray(w).reshape(-1), _power(w, fmt), weights
+    power = _power(w, fmt) * np.float32(1 if importance is not None else UNKNOWN)
+    inputs = np.ascontiguousarray(w).reshape(-1), power, weights
     _SEARCHES[fmt.value](fmt, inputs, fields)
     lead = (len(w), blocks // len(w))
     return {
@@ -80,7 +84,7 @@ def _levels(fmt: BlockFormat) -> tuple[Any, Any]:
     from edgeq.quantizers.search.scan import Levels, Plan
 
     low, high = fmt.limits("q")
-    plan = Plan(2 * SPREAD / (high - low + 1), STEPS)
+    plan = Plan(max(2 * SPREAD / (high - low + 1), LEAST_SPREAD), STEPS)
     if fmt.table is None:
         return Levels(float(low), float(high), None), plan
     values = np.array(fmt.table, np.float32)

@@ -19,7 +19,6 @@ class AffinePlan(NamedTuple):
     steps: int  # these trials
     shift: float  # codes that the smallest element lies below 0, more at each of
     shifts: int  # these trials (times `steps`)
-    rounds: int  # times the best is rounded and solved again
 
 
 @helper
@@ -73,11 +72,36 @@ def solve(one, sx, sl, ll, xl, limit):
 
 
 @helper
+def climb(rows, g, base, scale, offset, top, one, sx):
+    """Sums of l, l l and (x - base) l once codes have moved by one where the fit gains.
+
+    From the codes nearest to (x - base - offset) / scale on, each element in turn tries the one on
+    its other side, and keeps it if the least-squares solution then has less error.
+    """
+    inv = inverse(scale)
+    sl, ll, xl = moments(rows, g, base, inv, offset, top)
+    mean, mean_x = 1.0 / one, sx / one
+    square, product = ll - sl * sl * mean, xl - sl * mean_x
+    for j in range(g * rows.n, (g + 1) * rows.n):
+        v = load(rows.x, j) - base
+        exact = (v - offset) * inv
+        level = clip(rint(exact), 0.0, top)
+        other = clip(level + select(exact > level, splat(1.0), splat(-1.0)), 0.0, top)
+        move = load(rows.w, j) * (other - level)
+        sl2, ll2, xl2 = sl + move, fma(move, other + level, ll), fma(move, v, xl)
+        square2, product2 = ll2 - sl2 * sl2 * mean, xl2 - sl2 * mean_x
+        gains = product2 * product2 * square > product * product * square2
+        sl, ll, xl = select(gains, sl2, sl), select(gains, ll2, ll), select(gains, xl2, xl)
+        square, product = select(gains, square2, square), select(gains, product2, product)
+    return sl, ll, xl
+
+
+@helper
 def scan_affine(rows, g, top, signed, plan):
     """Scale and offset of least error, and the cost of each.
 
     Codes start at the smallest element or a little above, and end above, at or below the largest;
-    each rounding is solved by least squares, and the best one rounded and solved again. Unless
+    each rounding is solved by least squares, and from the best one `climb` goes on. Unless
     `signed`, the offset may not be above 0.
     """
     base, high = ends(rows, g)
@@ -90,12 +114,13 @@ def scan_affine(rows, g, top, signed, plan):
     scale = splat(0.0)
     cost = splat(0.0)
     tries = plan.shifts * plan.steps
-    for trial in range(tries + plan.rounds):
-        inv = inv_span * (top + plan.first + plan.step * (trial % plan.steps))
-        start = (high - base) * (plan.shift / top * (trial // plan.steps))
-        if trial >= tries:
-            inv, start = inverse(scale), offset
-        sl, ll, xl = moments(rows, g, base, inv, start, top)
+    for trial in range(tries + 1):
+        if trial < tries:
+            inv = inv_span * (top + plan.first + plan.step * (trial % plan.steps))
+            start = (high - base) * (plan.shift / top * (trial // plan.steps))
+            sl, ll, xl = moments(rows, g, base, inv, start, top)
+        else:
+            sl, ll, xl = climb(rows, g, base, scale, offset, top, one, sx)
         s, o, gain = solve(one, sx, sl, ll, xl, limit)
         better = gain > best
         best = select(better, gain, best)

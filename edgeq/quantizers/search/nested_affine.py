@@ -55,24 +55,26 @@ class Tops(NamedTuple):
 def choose_group(rows, g, d, dmin, scale, low, tops, reach):
     """Integer scale, at most `reach` from `scale`, and minimum with least error; the error.
 
-    Each scale is tried with the minimum `low`, or with the one that its codes want.
+    Each scale comes with the minimum that its codes want: those nearest to x with the minimum
+    `low`. Sums of these codes, relative to that minimum, tell what each choice would cost.
     """
-    zero = splat(0.0)
-    one, sx = totals(rows, g, zero)
-    inv_m = inverse(dmin)
-    offset = dmin * low * -1.0
-    best, best_m = scale, low
-    least = error_affine(rows, g, d * scale, offset, tops.q)
-    for step in range(-reach, reach + 1):
-        trial = clip(scale + step, 0.0, tops.sc)
-        s = d * trial
-        sl, _, _ = moments(rows, g, zero, inverse(s), offset, tops.q)
-        trial_m = clip(rint((s * sl - sx) / one * inv_m), 0.0, tops.m)
-        miss = error_affine(rows, g, s, dmin * trial_m * -1.0, tops.q)
-        best = select(miss < least, trial, best)
-        best_m = select(miss < least, trial_m, best_m)
-        least = select(miss < least, miss, least)
-    return best, best_m, least
+    if reach >= 0:
+        offset = dmin * low * -1.0
+        one, sx = totals(rows, g, offset)
+        inv_m = inverse(dmin)
+        middle, start, least = scale, low, splat(UNBOUNDED)
+        for step in range(-reach, reach + 1):
+            trial = clip(middle + step, 0.0, tops.sc)
+            s = d * trial
+            sl, ll, xl = moments(rows, g, offset, inverse(s), splat(0.0), tops.q)
+            want = (s * sl - sx) / one * inv_m
+            trial_m = clip(rint(start + want), 0.0, tops.m)
+            o = (start - trial_m) * dmin
+            miss = s * (s * ll - 2.0 * (xl - o * sl)) + o * (o * one - 2.0 * sx)
+            scale = select(miss < least, trial, scale)
+            low = select(miss < least, trial_m, low)
+            least = select(miss < least, miss, least)
+    return scale, low, error_affine(rows, g, d * scale, dmin * low * -1.0, tops.q)
 
 
 @helper
