@@ -1,5 +1,7 @@
 """Checkpoints quantized by others: every weight as its format defines it, integers kept."""
 
+import time
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,8 @@ from tiny_checkpoint import CONFIG, Raw, bf16, f32, write_safetensors
 from edgeq import blocks
 from edgeq.checkpoint import open_checkpoint
 from edgeq.checkpoint.names import gguf_names
+from edgeq.checkpoint.parts import Parts
+from edgeq.checkpoint.safetensors import HfTensor
 from edgeq.errors import EdgeqError, ModelError
 from edgeq.gguf import open_gguf
 from edgeq.models import llama
@@ -371,3 +375,19 @@ def test_extra_parts_are_no_tensors(tmp_path: Path, rng: np.random.Generator) ->
             w.shape,
             sum(len(raw[2]) for raw in tensors.values()),
         )
+
+
+def test_threads_share_what_is_kept(rng: np.random.Generator) -> None:
+    w = rng.standard_normal((2, 8), np.float32)
+    reads: list[HfTensor] = []
+
+    def slow(tensor: HfTensor, start: int, stop: int) -> NDArray[np.uint8]:
+        reads.append(tensor)
+        time.sleep(0.01)  # others ask for the same meanwhile
+        return w.reshape(-1).view(np.uint8)
+
+    parts = Parts(Path(), {"a": HfTensor(w.shape, "F32", Path(), 0, w.nbytes)}, slow)
+    with ThreadPoolExecutor(8) as pool:
+        for found in pool.map(parts.array, ["a"] * 8):
+            np.testing.assert_array_equal(found, w)
+    assert len(reads) == 1

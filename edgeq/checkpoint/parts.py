@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,7 @@ class Parts:
         """read: bytes of rows start..stop of a tensor. where: for messages."""
         self.where, self.tensors, self._read = where, tensors, read
         self._kept: dict[str, NDArray[Any]] = {}
+        self._keeping = Lock()  # several threads read rows
 
     def __contains__(self, name: str) -> bool:
         return name in self.tensors
@@ -47,11 +49,12 @@ class Parts:
         return self._keep(name, lambda: self.rows(name, 0, tensor.rows).reshape(tensor.shape))
 
     def _keep(self, key: str, load: Callable[[], NDArray[Any]]) -> NDArray[Any]:
-        if key not in self._kept:
-            while len(self._kept) >= _KEPT:
-                self._kept.pop(next(iter(self._kept)))
-            self._kept[key] = load()
-        return self._kept[key]
+        with self._keeping:
+            if key not in self._kept:
+                while len(self._kept) >= _KEPT:
+                    self._kept.pop(next(iter(self._kept)))
+                self._kept[key] = load()
+            return self._kept[key]
 
     def need(
         self, name: str, types: tuple[str, ...], shape: tuple[int | None, ...]
