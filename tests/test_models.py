@@ -14,15 +14,14 @@ from edgeq.models.arch import Rope
 
 ARCHITECTURES = ["llama", "llama3_rope", "llama_headdim", "llama_yarn", "qwen2", "qwen3"]
 # Distance of llama.cpp's logits (llama-cpp-python 0.3.36) from the same references on the same
-# Q8_0 files. These random models magnify rounding: with Q8_0 weights and float arithmetic
-# throughout it is 0.024 (qwen3) to 0.040 (llama_yarn).
+# Q8_0 files, plainly rounded so that they stay the same. These random models magnify rounding.
 LLAMA_CPP_Q8_0 = {
-    "llama": 0.0468,
-    "llama3_rope": 0.0507,
-    "llama_headdim": 0.0459,
-    "llama_yarn": 0.0559,
-    "qwen2": 0.0484,
-    "qwen3": 0.0336,
+    "llama": 0.0490,
+    "llama3_rope": 0.0515,
+    "llama_headdim": 0.0498,
+    "llama_yarn": 0.0562,
+    "qwen2": 0.0489,
+    "qwen3": 0.0365,
 }
 Convert = Callable[[str, str], Path]
 
@@ -35,7 +34,8 @@ def convert(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Conv
     def once(name: str, recipe: str) -> Path:
         if (name, recipe) not in made:
             out = folder / f"{name}-{recipe}.gguf"
-            made[name, recipe] = edgeq.convert(shared_data / "arch" / name, out, recipe)
+            source = shared_data / "arch" / name
+            made[name, recipe] = edgeq.convert(source, out, recipe, method="rtn")
         return made[name, recipe]
 
     return once
