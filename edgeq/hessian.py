@@ -50,6 +50,10 @@ class Hessians:
         """Let go of the file."""
         self._gguf.close()
 
+    def size(self, stored: str) -> int:
+        """Inputs of a stored Hessian."""
+        return self._gguf.tensors[tensor_name(stored)].shape[0]
+
     def get(self, weight: str) -> Array | None:
         """Mean of x xᵀ for the input of a weight, a copy: float32 [n_in, n_in]; None if unknown.
 

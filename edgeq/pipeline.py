@@ -15,28 +15,31 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
-from numpy.typing import NDArray
 
-from edgeq import blocks
-from edgeq.errors import ModelError, RequestError
+from edgeq import blocks, hessian
+from edgeq.choosing import Target, choose
+from edgeq.encoding import Encoder
+from edgeq.errors import RequestError
+from edgeq.folding import Scaler, fold
 from edgeq.gguf import GgufWriter, TensorSpec
 from edgeq.importance import Given, resolve
-from edgeq.native import native_recipe, ready
-from edgeq.quantizers import available, find, quantize, thread_count
+from edgeq.native import native_recipe
+from edgeq.quantizers import find, thread_count
 from edgeq.recipe import Recipe, assign, recipes
 from edgeq.resume import identity
 from edgeq.sources import Source, open_source
-from edgeq.stream import Chunk, Encoded, Part, Sample, matrix, nbytes, parts
+from edgeq.statistics import Statistics
+from edgeq.stream import Part, Sample, matrix, nbytes, parts
 
 __all__ = ["ConversionReport", "TensorReport", "convert", "run"]
 
 # (bytes finished, bytes in all, name of the tensor at hand)
 Progress = Callable[[int, int, str], None]
 _QUANTIZATION_VERSION = 2  # of ggml's block layouts
-_DEFAULT = "Q4_K_M"
+_ANY = Target()
 _MEMO = struct.Struct("<dd?")  # what a report needs of a tensor finished earlier
 
 
@@ -51,6 +54,7 @@ class TensorReport:
     relative_rmse: float  # sqrt(sum (stored - w)^2 / sum w^2) over a sample of rows
     mean_square: float  # of the weights in that sample
     kept: bool = False  # the source's own integers, not quantized again
+    method: str = "search"  # that quantized it
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +71,8 @@ class ConversionReport:
     relative_rmse: float
     seconds: float
     tensors: tuple[TensorReport, ...]
+    mixture: Recipe
+    why: str = ""  # the recipe, where it was not asked for
     warnings: tuple[str, ...] = ()
     resumed: int = 0  # tensors that an interrupted run had finished
 
@@ -108,6 +114,8 @@ def run(
     *,
     method: str = "search",
     importance: Given | None = None,
+    hessians: Path | str | None = None,
+    target: Target = _ANY,
     force: bool = False,
     threads: int | None = None,
     progress: Progress | None = None,
@@ -116,11 +124,14 @@ def run(
     """Convert `src`, a checkpoint folder or a GGUF file, and report.
 
     out: file to write, or a folder for `<name>-<RECIPE>.gguf`; by default the current folder.
-    recipe: name such as "Q4_K_M", or path of a recipe file; None: the one that keeps the integers
-    of a source that is quantized to such (GPTQ, AWQ, QAT, ...), and Q4_K_M for all others.
+    recipe: name such as "Q4_K_M", or path of a recipe file; None: what `target` asks for; else the
+    one that keeps the integers of a source that is quantized to such (GPTQ, AWQ, QAT, ...), and one
+    of 4 bits for all others.
     method: file name in edgeq/quantizers/. threads: for quantizing; by default all cores.
     importance: GGUF tensor name -> mean square activation of each column, float32 [cols], of
     experts [n_mat, cols]; an `edgeq.imatrix.Imatrix`, or the path of an importance matrix.
+    hessians: path of a file of Hessians, for methods that use them.
+    target: what the file should be like, beside or instead of a recipe.
     force: replace an existing file. progress: called after each step.
     allow_requantize: accept a source that is quantized already.
 
@@ -129,19 +140,23 @@ def run(
     or a kill, the same call goes on where it was stopped and gives the same bytes.
     """
     started = time.monotonic()
-    mixture = Recipe.load(recipe or _DEFAULT)
-    source = open_source(src, allow_requantize=allow_requantize)
-    with contextlib.closing(source):
-        if recipe is None:
-            mixture = Recipe.load(native_recipe(source) or _DEFAULT)
-        path = _output_path(source, mixture, out)
-        specs = _specs(source, mixture, importance is not None)
+    target.check(recipe)
+    with contextlib.ExitStack() as stack:
+        source = open_source(src, allow_requantize=allow_requantize)
+        stack.callback(source.close)
+        opened = None if hessians is None else stack.enter_context(hessian.read(hessians))
         weighted = resolve(importance, source.shapes, source.path)
+        known = Statistics(weighted.values, opened)
+        encoder = Encoder(method, known, threads)
+        encoder.check(source)
+        metadata = {**source.metadata(), **_file_keys(0), **weighted.metadata}
+        mixture, why = choose(source, recipe, target, known, metadata, threads, progress)
+        path = _output_path(source, mixture, out)
+        specs = _specs(source, mixture, bool(known))
         warnings = weighted.missing([spec.name for spec in specs if spec.format.value != "x"])
-        encoder = _Encoder(method, weighted.values, threads)
-        encoder.check()
-        metadata = {**source.metadata(), **_file_keys(mixture), **weighted.metadata}
-        same = identity(source, mixture.name, method, encoder.importance)
+        same = identity(source, mixture.name, method, weighted.values, opened)
+        source = _folded(source, known, method, specs)
+        metadata |= _file_keys(mixture.file_type)
         with GgufWriter(path, metadata, specs, force=force, identity=same) as writer:
             work = _Work(source, encoder, writer, progress, sum(nbytes(spec) for spec in specs))
             done = _recall(work, specs)
@@ -151,6 +166,8 @@ def run(
     return ConversionReport(
         path=path,
         recipe=mixture.name,
+        mixture=mixture,
+        why=why,
         nbytes=writer.nbytes,
         bits_per_weight=8 * sum(tensor.nbytes for tensor in tensors) / weights,
         relative_rmse=_total_error(tensors),
@@ -161,10 +178,18 @@ def run(
     )
 
 
-def _file_keys(recipe: Recipe) -> dict[str, Any]:
+def _folded(source: Source, known: Statistics, method: str, specs: list[TensorSpec]) -> Source:
+    """The source as the method wants it scaled."""
+    chosen = find(method)
+    if not hasattr(chosen, "scales"):
+        return source
+    return fold(source, known, cast(Scaler, chosen), {spec.name: spec.format for spec in specs})
+
+
+def _file_keys(file_type: int) -> dict[str, Any]:
     return {
         "general.quantization_version": np.uint32(_QUANTIZATION_VERSION),
-        "general.file_type": np.uint32(recipe.file_type),
+        "general.file_type": np.uint32(file_type),
     }
 
 
@@ -197,74 +222,13 @@ def _specs(source: Source, recipe: Recipe, importance: bool) -> list[TensorSpec]
     ]
 
 
-@dataclass(frozen=True, slots=True)
-class _Encoder:
-    """From float32 rows to the bytes of a format."""
-
-    method: str
-    importance: Mapping[str, NDArray[np.float32]]
-    threads: int | None
-
-    def check(self) -> None:
-        """Refuse bad settings before work. Raises RequestError."""
-        if self.method not in available():
-            find(self.method)  # raises, with the list
-        if self.threads is not None and self.threads < 1:
-            raise RequestError(f"threads = {self.threads}: expected at least 1")
-
-    def __call__(self, spec: TensorSpec, chunk: Chunk) -> Encoded:
-        """Bytes of some rows of a tensor. Raises ModelError."""
-        if chunk.raw is not None:
-            return Encoded(chunk.raw, True)
-        assert chunk.w is not None
-        # Plain rounding leaves integers alone only where the source says that they are some.
-        plain = self.method == "rtn" and chunk.grid is None
-        found = None if plain else ready(spec.format, chunk.w, chunk.grid)
-        if found is None:
-            return Encoded(self._quantize(spec, chunk.start, chunk.w), False)
-        kept = find(self.method).pack(found.fields, spec.format)
-        if found.exact.all():
-            return Encoded(kept, True)
-        others = self._quantize(spec, chunk.start, chunk.w)
-        shape = (*found.exact.shape, -1)
-        both = np.where(found.exact[..., None], kept.reshape(shape), others.reshape(shape))
-        return Encoded(both.reshape(kept.shape), False)
-
-    def _quantize(self, spec: TensorSpec, start: int, w: NDArray[np.float32]) -> NDArray[np.uint8]:
-        """Bytes [n, row_bytes] of rows w [n, cols] from row `start` on. Raises ModelError."""
-        if spec.format.name == "F32":
-            return np.ascontiguousarray(w).view(np.uint8)
-        weights = self.importance.get(spec.name)
-        if weights is not None and weights.ndim == 2:  # one row of weights for each expert
-            return self._experts(spec, start, w, weights)
-        # Floats are all the same to every method; "rtn" spares the import of compiled code.
-        method = "rtn" if spec.format.value == "x" else self.method
-        try:
-            return quantize(w, spec.format, weights, method, threads=1)
-        except RequestError as error:  # settings are checked: it is about the values
-            raise ModelError(f"{spec.name}, rows from {start} on: {error}") from error
-
-    def _experts(
-        self, spec: TensorSpec, start: int, w: NDArray[np.float32], weights: NDArray[np.float32]
-    ) -> NDArray[np.uint8]:
-        """Rows from `start` on of a tensor [n_mat, rows, cols], each with weights of its expert."""
-        rows, done, parts = spec.shape[-2], 0, list[NDArray[np.uint8]]()
-        while done < len(w):
-            expert, row = divmod(start + done, rows)
-            stop = min(done + rows - row, len(w))
-            one = dataclasses.replace(self, importance={spec.name: weights[expert]})
-            parts.append(one._quantize(spec, start + done, w[done:stop]))
-            done = stop
-        return np.concatenate(parts)
-
-
 class _Work:
     """What all tensors of a conversion share."""
 
     def __init__(
         self,
         source: Source,
-        encode: _Encoder,
+        encode: Encoder,
         writer: GgufWriter,
         progress: Progress | None,
         total: int,
@@ -285,7 +249,8 @@ def _recall(work: _Work, specs: list[TensorSpec]) -> dict[str, TensorReport]:
     for spec in specs:
         memo = work.writer.recall(spec.name)
         if memo is not None:
-            reports[spec.name] = _report(spec, *_MEMO.unpack(memo[: _MEMO.size]))
+            found = _MEMO.unpack(memo[: _MEMO.size])
+            reports[spec.name] = _report(spec, *found, work.encode.method_for(spec))
             work.advance(nbytes(spec), spec.name)
     return reports
 
@@ -310,12 +275,14 @@ def _write_one(spec: TensorSpec, finished: Iterator[Part], work: _Work) -> Tenso
         work.advance(encoded.packed.nbytes, spec.name)  # where Ctrl-C is noticed
         memo = _MEMO.pack(*sample.result(), kept)
         work.writer.write_part(spec.name, encoded.packed, memo)
-    return _report(spec, *sample.result(), kept)
+    return _report(spec, *sample.result(), kept, work.encode.method_for(spec))
 
 
-def _report(spec: TensorSpec, error: float, mean_square: float, kept: bool) -> TensorReport:
+def _report(
+    spec: TensorSpec, error: float, mean_square: float, kept: bool, method: str
+) -> TensorReport:
     name, shape, fmt = spec.name, spec.shape, spec.format.name
-    return TensorReport(name, shape, fmt, nbytes(spec), error, mean_square, kept)
+    return TensorReport(name, shape, fmt, nbytes(spec), error, mean_square, kept, method)
 
 
 def _second_time(

@@ -5,10 +5,11 @@ shipped recipes choose what llama.cpp's llama-quantize chooses. To make your own
 files, edit it and pass its path.
 """
 
+import json
 import re
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from fnmatch import fnmatchcase
 from functools import cache
 from pathlib import Path
@@ -17,7 +18,7 @@ from edgeq.blockformat import get
 from edgeq.data import find, from_table, load_toml
 from edgeq.errors import FormatError, RequestError
 
-__all__ = ["Model", "Recipe", "Rule", "assign", "recipes"]
+__all__ = ["Model", "Recipe", "Rule", "assign", "quantizable", "recipes", "to_toml"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +97,35 @@ class Recipe:
         return known[str(name).upper()]
 
 
+def to_toml(recipe: Recipe) -> str:
+    """Text of a recipe file that `Recipe.load` reads as the same recipe.
+
+    >>> print(to_toml(Recipe("Mine", 15, "Q4_K", "", rule=(Rule("output.weight", "Q6_K"),))))
+    name = "Mine"
+    file_type = 15
+    base = "Q4_K"
+    about = ""
+    aliases = []
+    rule = [
+        { tensors = "output.weight", format = "Q6_K" },
+    ]
+    <BLANKLINE>
+    """
+    head = {field.name: getattr(recipe, field.name) for field in fields(recipe)}
+    rules = head.pop("rule")
+    lines = [f"{key} = {json.dumps(value)}" for key, value in head.items()]
+    return "\n".join([*lines, "rule = [", *map(_rule_line, rules), "]", ""])
+
+
+def _rule_line(rule: Rule) -> str:
+    given = {
+        field.name: getattr(rule, field.name)
+        for field in fields(rule)
+        if getattr(rule, field.name) != field.default
+    }
+    return "    { " + ", ".join(f"{k} = {json.dumps(v)}" for k, v in given.items()) + " },"
+
+
 def recipes() -> list[str]:
     """Names of the shipped recipes, smallest file first.
 
@@ -153,13 +183,18 @@ def assign(
     layers = _layers(shapes)
     return {
         name: _fitting(_choose(recipe, name, layers[name], model, tied), shape[-1])
-        if _quantizable(name, shape)
+        if quantizable(name, shape)
         else "F32"
         for name, shape in shapes.items()
     }
 
 
-def _quantizable(name: str, shape: tuple[int, ...]) -> bool:
+def quantizable(name: str, shape: tuple[int, ...]) -> bool:
+    """Whether recipes decide about a tensor: a matrix, and none that must stay exact.
+
+    >>> quantizable("blk.0.attn_q.weight", (64, 64)), quantizable("output_norm.weight", (64,))
+    (True, False)
+    """
     matrix = len(shape) >= 2 and name.endswith("weight")
     return matrix and not any(fnmatchcase(name, pattern) for pattern in _PLAIN)
 

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeq.errors import ResourceError
+from edgeq.hessian import Hessians
 from edgeq.sources import Source
 
 __all__ = ["identity", "program"]
@@ -22,6 +23,7 @@ def identity(
     recipe: str,
     method: str,
     importance: Mapping[str, NDArray[np.float32]],
+    hessians: Hessians | None = None,
 ) -> dict[str, str]:
     """Facts by name; the formats of the tensors and all metadata are for the writer to add.
 
@@ -34,6 +36,7 @@ def identity(
         "source": str(source.path.resolve()),
         "files": _digest(_state(path) for path in source.files),
         "importance": _digest(_array(name, w) for name, w in sorted(importance.items())),
+        "hessians": _digest([] if hessians is None else [_state(hessians.path)]),
         "program": program(),
     }
 

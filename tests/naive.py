@@ -143,3 +143,21 @@ def attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, position: int) -> np.
             weights = softmax(k[seen, h // share] @ q[t, h])
             out[t, h] = np.array(weights) @ v[seen, h // share]
     return out
+
+
+def feed_back(
+    w: Sequence[float], hessian: np.ndarray, steps: Sequence[float], limits: tuple[int, int]
+) -> list[int]:
+    """Codes of one row, each rounded when its turn comes: optimal brain surgery by its definition.
+
+    After a weight is fixed, the best change of all later ones is found by solving for them.
+    """
+    left, codes = np.array(w, np.float64), list[int]()
+    for j, step in enumerate(steps):
+        code = int(min(max(np.rint(left[j] / step), limits[0]), limits[1]))
+        codes.append(code)
+        later = slice(j + 1, None)
+        miss = left[j] - code * step
+        if j + 1 < len(left):
+            left[later] += np.linalg.solve(hessian[later, later], hessian[later, j]) * miss
+    return codes

@@ -171,11 +171,11 @@ def edge_cases() -> Array:
     return normal
 
 
-@pytest.mark.parametrize("method", ["rtn", "search"])
+@pytest.mark.parametrize("method", available())
 @pytest.mark.parametrize("fmt", FORMATS)
 def test_edge_cases_stay_finite_and_near(fmt: str, method: str) -> None:
-    w = edge_cases()
-    decoded = blocks.decode(quantize(w, fmt, method=method), fmt)
+    w, alone = edge_cases(), np.eye(512, dtype=np.float32)
+    decoded = blocks.decode(quantize(w, fmt, method=method, hessian=alone), fmt)
     assert np.isfinite(decoded).all()
     assert (decoded[1] == 0).all()
     slack = 2.0 if method == "rtn" else 1.0  # minima that f16 loses move what lies above them
@@ -292,8 +292,8 @@ def test_public_name_is_callable_whatever_was_imported(rng: np.random.Generator)
 
 
 def test_methods_are_found_by_file_name() -> None:
-    assert available() == ["rtn", "search"]
-    with pytest.raises(RequestError, match="'magic' is unknown: expected one of rtn, search"):
+    assert available() == ["awq", "gptq", "rtn", "search", "smoothquant"]
+    with pytest.raises(RequestError, match="'magic' is unknown: expected one of awq, gptq, rtn, s"):
         find("magic")
 
 
@@ -310,14 +310,14 @@ def said(value: float, fmt: str) -> str:
     return re.escape(f"row 2, column 5 is {value:g}: too large for {fmt}")
 
 
-@pytest.mark.parametrize("method", ["rtn", "search"])
+@pytest.mark.parametrize("method", ["rtn", "search", "gptq"])
 @pytest.mark.parametrize("fmt", [*FORMATS, "F16", "BF16"])
 def test_values_too_large_are_refused(fmt: str, method: str) -> None:
     w = np.ones((3, 256), np.float32)
     for value in (3.4e38, -3.4e38) if fmt == "BF16" else (1e9, -1e9, 1e20, 3.4e38):
         w[2, 5] = value
         with pytest.raises(RequestError, match=said(value, fmt)):
-            quantize(w, fmt, method=method)
+            quantize(w, fmt, method=method, hessian=np.eye(256, dtype=np.float32))
 
 
 def test_other_wrong_requests() -> None:

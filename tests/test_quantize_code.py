@@ -12,7 +12,7 @@ from conftest import RandomBlocks
 from numpy.typing import NDArray
 
 from edgeq import blocks
-from edgeq.quantizers import find, quantize
+from edgeq.quantizers import Hessian, available, find, needs, quantize
 from edgeq.quantizers.search.packing import pack
 
 FORMATS = [name for name, fmt in blocks.formats().items() if fmt.value != "x"]
@@ -41,14 +41,15 @@ def test_compiled_pack_writes_the_same_bytes(fmt: str, random_blocks: RandomBloc
     assert np.array_equal(pack(fields, blocks.get(fmt)), raw)
 
 
-@pytest.mark.parametrize("method", ["rtn", "search"])
+@pytest.mark.parametrize("method", available())
 @pytest.mark.parametrize("fmt", FORMATS)
 def test_fields_are_shaped_as_unpack_gives_them(
     fmt: str, method: str, rng: np.random.Generator
 ) -> None:
-    w = rng.standard_normal((3, 512)).astype(np.float32)
-    fields = find(method).quantize(w, blocks.get(fmt))
-    unpacked = blocks.unpack(quantize(w, fmt, method=method), fmt)
+    w, known = rng.standard_normal((3, 512)).astype(np.float32), Hessian(np.eye(512))
+    given = {"hessian": known} if needs(method) == "hessian" else {}
+    fields = find(method).quantize(w, blocks.get(fmt), **given)
+    unpacked = blocks.unpack(quantize(w, fmt, method=method, **given), fmt)
     assert set(fields) == set(unpacked)
     for name, values in unpacked.items():
         assert np.array_equal(fields[name].astype(values.dtype), values)

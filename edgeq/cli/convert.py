@@ -1,41 +1,74 @@
 """Turn a Hugging Face checkpoint, or a GGUF file of floats, into a quantized GGUF file."""
 
 import json
+import re
 import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from edgeq.cli._terminal import human, note
+from edgeq.errors import ResourceError
 
 if TYPE_CHECKING:
     from edgeq.pipeline import ConversionReport
+    from edgeq.recipe import Recipe
 
 _STARTING = "starting (first use compiles)"
 
 
-@click.command()
+class Size(click.ParamType):  # type: ignore[type-arg]
+    """Bytes: 600MB, 1.5GiB, or a plain number."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> int:
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:([kMGT]?)(i?)B?)", str(value))
+        if match is None:
+            self.fail(f"{value!r}: expected a number of bytes, as 600MB or 1.5GiB", param, ctx)
+        number, prefix, binary = match.groups()
+        return int(float(number) * (1024 if binary else 1000) ** " kMGT".index(prefix or " "))
+
+
+class _Convert(click.Command):
+    """Names the methods there are in its help."""
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        from edgeq.quantizers import about, available
+
+        with formatter.section("Methods"):
+            formatter.write_dl([(name, about(name)) for name in available()])
+
+
+@click.command(cls=_Convert)
 @click.argument("src")
 @click.option("-o", "--out", type=click.Path(), help="File or folder to write. [current folder]")
 @click.option(
     "-t",
     "--type",
     "recipe",
-    help="Recipe, or a recipe file. [Q4_K_M; for a quantized checkpoint the type of its integers]",
+    help="Recipe, or a recipe file. [one of 4 bits; for a quantized checkpoint its own]",
 )
-@click.option(
-    "--method",
-    default="search",
-    help="Quantizer: search, or rtn (plain rounding, needs no compiler). [search]",
-)
+@click.option("--bpw", type=float, help="Search a recipe of so many bits per weight, as 4.25.")
+@click.option("--size", type=Size(), help="Search a recipe for a file of this size, as 600MB.")
+@click.option("--outliers", is_flag=True, help="Keep the most sensitive matrices in Q8_0 or F16.")
+@click.option("--save-recipe", type=click.Path(), help="Write the recipe, for -t, to this file.")
+@click.option("--method", default="search", metavar="NAME", help="Quantizer, see below. [search]")
 @click.option(
     "--imatrix",
     type=click.Path(),
     metavar="FILE",
     help="Importance matrix of edgeq calibrate or llama-imatrix: which columns matter.",
+)
+@click.option(
+    "--hessian",
+    type=click.Path(),
+    metavar="FILE",
+    help="Hessians of edgeq calibrate: how inputs of a matrix are correlated.",
 )
 @click.option("--force", is_flag=True, help="Replace a file, or the rest of another conversion.")
 @click.option("--threads", type=click.IntRange(1), help="Threads for quantizing. [one per core]")
@@ -45,8 +78,13 @@ def command(
     src: str,
     out: str | None,
     recipe: str | None,
+    bpw: float | None,
+    size: int | None,
+    outliers: bool,
+    save_recipe: str | None,
     method: str,
     imatrix: str | None,
+    hessian: str | None,
     force: bool,
     threads: int | None,
     allow_requantize: bool,
@@ -58,6 +96,7 @@ def command(
     same command goes on with an interrupted conversion, whose work is kept in OUT.part.
     """
     from edgeq import hub, pipeline
+    from edgeq.choosing import Target
 
     source = hub.checkpoint(src)
     with _stoppable() as check, _progress(check) as advance:
@@ -67,6 +106,8 @@ def command(
             recipe,
             method=method,
             importance=imatrix,
+            hessians=hessian,
+            target=Target(bpw=bpw, size=size, outliers=outliers),
             force=force,
             threads=threads,
             progress=advance,
@@ -74,6 +115,10 @@ def command(
         )
     if report.resumed:
         note(f"went on with an interrupted conversion: {report.resumed} tensors were finished")
+    if save_recipe is not None:
+        _save(report.mixture, save_recipe)
+    if report.why:
+        note(report.why)
     for warning in report.warnings:
         note(f"warning: {warning}")
     click.echo(json.dumps(_document(report), indent=1) if as_json else _summary(report))
@@ -132,6 +177,15 @@ def _progress(check: Callable[[], None]) -> Iterator[Callable[[int, int, str], N
         yield advance
 
 
+def _save(recipe: "Recipe", path: str) -> None:
+    from edgeq.recipe import to_toml
+
+    try:
+        Path(path).write_text(to_toml(recipe), encoding="utf-8")
+    except OSError as error:
+        raise ResourceError(f"{path}: {error.strerror}: give another --save-recipe") from error
+
+
 def _summary(report: "ConversionReport") -> str:
     return (
         f"{report.path}: {report.recipe}, {human(report.nbytes)}, "
@@ -155,6 +209,7 @@ def _document(report: "ConversionReport") -> dict[str, object]:
                 "name": tensor.name,
                 "shape": list(tensor.shape),
                 "format": tensor.format,
+                "method": tensor.method,
                 "bytes": tensor.nbytes,
                 "relative_rmse": round(tensor.relative_rmse, 6),
                 "kept": tensor.kept,

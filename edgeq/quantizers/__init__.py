@@ -4,13 +4,21 @@ A quantizer is a module of this package whose docstring's first line says what i
 functions: `quantize` finds the fields of blocks, `pack` writes their bytes. It works for every
 format of the value families that it knows (see `edgeq.blocks`). Names with an underscore are not
 quantizers.
+
+A module may also say NEEDS = "importance" or "hessian", what it is of little use without, and offer
+`scales`: it then also has a say in how columns are scaled before they are quantized (see
+`edgeq.folding`).
 """
 
+import ast
 import importlib
+import importlib.util
 import os
 import pkgutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
 from typing import Any, Protocol, cast
 
 import numpy as np
@@ -19,8 +27,18 @@ from numpy.typing import NDArray
 from edgeq import blocks
 from edgeq.blocks import BlockFormat
 from edgeq.errors import RequestError
+from edgeq.quantizers._hessian import Hessian
 
-__all__ = ["Method", "available", "find", "quantize", "thread_count"]
+__all__ = [
+    "Hessian",
+    "Method",
+    "about",
+    "available",
+    "find",
+    "needs",
+    "quantize",
+    "thread_count",
+]
 
 CHUNK = 1 << 18  # elements that one thread takes at a time: a megabyte of them
 FLOOR = 1e-5  # least importance, relative to the mean: keeps sums of weights away from 0
@@ -30,6 +48,8 @@ BLOCK_LIMIT = 1e10
 
 Array = NDArray[np.float32]
 Fields = dict[str, NDArray[Any]]
+Find = Callable[[Array, BlockFormat, Array | None], Fields]
+Pack = Callable[[Fields, BlockFormat], NDArray[np.uint8]]
 
 
 class Method(Protocol):
@@ -49,7 +69,7 @@ def available() -> list[str]:
     """Names of the quantizers.
 
     >>> available()
-    ['rtn', 'search']
+    ['awq', 'gptq', 'rtn', 'search', 'smoothquant']
     """
     names = (module.name for module in pkgutil.iter_modules(__path__))
     return sorted(name for name in names if not name.startswith("_"))
@@ -67,22 +87,46 @@ def find(name: str) -> Method:
     return cast(Method, importlib.import_module(f"{__name__}.{name}"))
 
 
+def about(name: str) -> str:
+    """First line of a quantizer's docstring, without importing it.
+
+    >>> about("rtn")
+    'Round to nearest with scales from the largest values (no search)'
+    """
+    spec = importlib.util.find_spec(f"{__name__}.{name}")
+    assert spec is not None
+    assert spec.origin is not None
+    text = ast.get_docstring(ast.parse(Path(spec.origin).read_text(encoding="utf-8"))) or ""
+    return text.partition("\n")[0].removesuffix(".")
+
+
+def needs(name: str) -> str:
+    """What a quantizer wants to know about inputs: "", "importance" or "hessian".
+
+    >>> needs("search"), needs("gptq")
+    ('', 'hessian')
+    """
+    return str(getattr(find(name), "NEEDS", ""))
+
+
 def quantize(
     w: NDArray[np.floating[Any]],
     fmt: BlockFormat | str,
     importance: NDArray[np.floating[Any]] | None = None,
     method: str = "search",
     threads: int | None = None,
+    hessian: "Hessian | NDArray[np.floating[Any]] | None" = None,
 ) -> NDArray[np.uint8]:
     """Blocks of `w` [rows, cols] in format `fmt`: uint8 [rows, row_bytes].
 
     `importance` [cols] is what an error in each column costs, such as the mean square of the
     activations that it multiplies (an importance matrix); only its proportions matter. `method` is
     a name that `find` knows. The result does not depend on `threads`, by default one per core.
+    `hessian` [cols, cols] is the mean of x x^T over inputs x, for methods that use it.
 
     Raises RequestError for values that are not finite or too large for the format, for a wrong
-    shape, importance, method or number of threads; FormatError for an unknown format, and for rows
-    that are not whole blocks.
+    shape, importance, Hessian, method or number of threads; FormatError for an unknown format, and
+    for rows that are not whole blocks.
 
     >>> w = np.random.default_rng(0).standard_normal((4, 256), np.float32)
     >>> raw = quantize(w, "Q6_K", method="rtn")
@@ -95,28 +139,40 @@ def quantize(
         raise RequestError(f"weights of shape {w.shape}: expected [rows, cols]")
     out = np.empty((len(w), blocks.row_bytes(fmt, w.shape[1])), np.uint8)
     weights = _importance(importance, w.shape[1])
+    find_fields = _with_hessian(chosen, hessian, w.shape[1])
 
     def work(part: slice) -> None:
         chunk = np.ascontiguousarray(w[part], np.float32)
         _check(chunk, fmt, part.start)
-        out[part] = _encode(chunk, fmt, weights, chosen, part.start)
+        out[part] = _encode(chunk, fmt, weights, find_fields, chosen.pack, part.start)
 
     _run(work, list(_parts(w.shape)), thread_count(threads))
     return out
 
 
+def _with_hessian(method: Method, hessian: Any, cols: int) -> Find:
+    """The method's `quantize`, knowing the Hessian if it wants one."""
+    if hessian is None or getattr(method, "NEEDS", "") != "hessian":
+        return method.quantize
+    known = hessian if isinstance(hessian, Hessian) else Hessian(hessian)
+    if known.matrix.shape != (cols, cols):
+        raise RequestError(f"Hessian of shape {known.matrix.shape}: expected [{cols}, {cols}]")
+    known.prepare()  # once, not in every thread
+    return partial(cast(Any, method).quantize, hessian=known)
+
+
 def _encode(
-    w: Array, fmt: BlockFormat, importance: Array | None, method: Method, first: int
+    w: Array, fmt: BlockFormat, importance: Array | None, find_fields: Find, pack: Pack, first: int
 ) -> NDArray[np.uint8]:
     """Bytes of rows `first`.. of a matrix."""
     if fmt.value == "x":
         return blocks.pack({"x": w}, fmt)
     with np.errstate(over="ignore", invalid="ignore"):  # seen below, as a scale out of range
-        fields = method.quantize(w, fmt, importance)
+        fields = find_fields(w, fmt, importance)
     for name, entry in fmt.fields.items():
         if entry.type == "f16" and not np.abs(fields[name]).max() < np.finfo(np.float16).max:
             raise _too_large(w, fmt, first)
-    return method.pack(fields, fmt)
+    return pack(fields, fmt)
 
 
 def _check(w: Array, fmt: BlockFormat, first: int) -> None:

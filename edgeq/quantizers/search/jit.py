@@ -1,8 +1,8 @@
 """How the search functions are compiled: without the interpreter lock, and kept on disk.
 
 Numba's cache does not notice a change in another file, so the kernels are kept in a folder named
-after the text of this package; Numba's own index tells CPUs apart. An entry that cannot be read or
-written is compiled again, never fatal.
+after the text of all quantizers; Numba's own index tells CPUs apart. An entry that cannot be read
+or written is compiled again, never fatal.
 """
 
 import hashlib
@@ -25,7 +25,7 @@ Function = Callable[..., Any]
 def _folder() -> str:
     """Cache folder for this source and these compiler versions."""
     digest = hashlib.sha256(f"{numba.__version__} {llvmlite.__version__}".encode())
-    for path in sorted(Path(__file__).parent.glob("*.py")):
+    for path in sorted(Path(__file__).parents[1].rglob("*.py")):
         digest.update(path.read_bytes())
     path = root() / f"quantize-{digest.hexdigest()[:20]}"
     with suppress(OSError):
