@@ -249,8 +249,9 @@ def _recall(work: _Work, specs: list[TensorSpec]) -> dict[str, TensorReport]:
     for spec in specs:
         memo = work.writer.recall(spec.name)
         if memo is not None:
-            found = _MEMO.unpack(memo[: _MEMO.size])
-            reports[spec.name] = _report(spec, *found, work.encode.method_for(spec))
+            error, mean_square, kept = _MEMO.unpack(memo[: _MEMO.size])
+            method = work.encode.method_for(spec)
+            reports[spec.name] = _report(spec, error, mean_square, kept, method)
             work.advance(nbytes(spec), spec.name)
     return reports
 
