@@ -46,6 +46,8 @@ _OUT = click.Path(dir_okay=False, allow_dash=True)
 @click.option("-r", "--repetitions", type=click.IntRange(1), default=3, help="Repetitions. [3]")
 @click.option("--threads", type=click.IntRange(1, 256), help="Threads. [one per performance core]")
 @click.option("--no-speed", is_flag=True, help="Measure neither speed nor memory.")
+@click.option("--imatrix", type=_FILE, help="Importance matrix for all quantized candidates.")
+@click.option("--hessian", type=_FILE, help="Hessians, for the methods that need them.")
 @click.option("--allow-requantize", is_flag=True, help="Accept a source already quantized.")
 @click.option("--json", "json_out", type=_OUT, help="Write all results as JSON; - = stdout.")
 @click.option("--html", "html_out", type=_OUT, help="Write a page with tables and plots.")
@@ -64,6 +66,8 @@ def command(
     repetitions: int,
     threads: int | None,
     no_speed: bool,
+    imatrix: str | None,
+    hessian: str | None,
     allow_requantize: bool,
     json_out: str | None,
     html_out: str | None,
@@ -87,7 +91,7 @@ def command(
         questions=read(questions) if questions else (),
         raw=raw,
         lengths=None if no_speed else Lengths(n_prompt, n_gen, repetitions, threads),
-        options={"allow_requantize": True} if allow_requantize else {},
+        options=_options(imatrix, hessian, allow_requantize),
     )
     outputs = [path for path in (json_out, html_out) if path not in (None, "-")]
     for path in outputs:
@@ -105,6 +109,13 @@ def command(
         from edgeq.report import html
 
         _write(html_out, html(document))
+
+
+def _options(imatrix: str | None, hessian: str | None, allow_requantize: bool) -> dict[str, Any]:
+    """Of all conversions."""
+    options: dict[str, Any] = {"allow_requantize": True} if allow_requantize else {}
+    files = {"importance": imatrix, "hessians": hessian}
+    return options | {name: Path(file) for name, file in files.items() if file}
 
 
 def _compare(src: str, plan: "Plan", folder: str | None) -> dict[str, Any]:
