@@ -10,7 +10,8 @@ import golden
 import pytest
 
 import edgeq
-from edgeq import blocks
+from edgeq import blocks, calibration, pipeline
+from edgeq.choosing import Target
 from edgeq.engine import Model
 from edgeq.errors import RequestError
 from edgeq.evaluate import Evaluation, evaluate, evaluate_all, windows
@@ -65,6 +66,24 @@ LLAMA_CPPS = ["Q2_K", "Q4_K_M", "Q5_K_M"]
 
 
 @pytest.fixture(scope="module")
+def for_size(
+    data: Path, measured: dict[str, Any], convert: Convert, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """A file by GPTQ with a recipe of its own, not larger than llama-quantize's Q2_K; some of
+    the text to calibrate on is enough.
+    """
+    folder = tmp_path_factory.mktemp("gptq")
+    settings = calibration.Settings(ctx=measured["perplexity_ctx"], chunks=80)
+    hessians, out = folder / "hessian.gguf", folder / "made.gguf"
+    text = data / "calibration.txt"
+    calibration.run(convert("F16"), text, folder / "im.gguf", settings, hessian_out=hessians)
+    target = Target(size=(data / "files_from_llama_cpp" / "Q2_K.gguf").stat().st_size)
+    pipeline.run(EXAMPLE, out, method="gptq", hessians=hessians, target=target)
+    assert out.stat().st_size <= (target.size or 0)
+    return out
+
+
+@pytest.fixture(scope="module")
 def evaluated(data: Path, measured: dict[str, Any], convert: Convert) -> dict[str, Evaluation]:
     """Our files, and those of llama-quantize, through the text together, with F16 as reference."""
     ours = {recipe: convert(recipe) for recipe in ("F16", "Q8_0", "Q4_K_M")}
@@ -101,6 +120,25 @@ def test_figures_of_llama_quantizes_files_are_llama_perplexitys(
     median = dict(found.kld_percentiles)[50]
     assert -rounding <= found.kld.value - theirs["kld_mean"] <= 0.1 * rounding
     assert -rounding <= median - theirs["kld_median"] <= 0.1 * rounding
+
+
+def test_files_are_nearer_than_llama_quantizes(
+    data: Path, measured: dict[str, Any], convert: Convert, for_size: Path
+) -> None:
+    """By recipe, and far nearer with GPTQ and a recipe for the size; some windows are enough."""
+    theirs = [data / "files_from_llama_cpp" / f"{name}.gguf" for name in LLAMA_CPPS]
+    files = [*theirs, *map(convert, LLAMA_CPPS), for_size]
+    with contextlib.ExitStack() as stack:
+        base, *models = (stack.enter_context(edgeq.load(f)) for f in (convert("F16"), *files))
+        text, ctx = (data / "eval.txt").read_text(), measured["perplexity_ctx"]
+        found = evaluate_all(models, text, ctx, reference=base, chunks=30)
+    kld = [one.divergence.kld.value for one in found if one.divergence]
+    ratios = [ours / other for ours, other in zip(kld[3:], [*kld[:3], kld[0]], strict=True)]
+    q2_k, q4_k_m, q5_k_m, gptq = ratios
+    assert q2_k < 0.9
+    assert q4_k_m < 1
+    assert q5_k_m < 0.95
+    assert gptq < 0.55
 
 
 @pytest.mark.parametrize("name", LLAMA_CPPS)
