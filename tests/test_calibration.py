@@ -279,6 +279,17 @@ def test_texts_and_settings_that_do_not_do(
     assert [path.name for path in tmp_path.iterdir()] == ["text.txt"]
 
 
+@pytest.mark.parametrize("what", ["text", "model", "other output"])
+def test_no_input_is_ever_overwritten(model: Path, text: Path, tmp_path: Path, what: str) -> None:
+    copy, out = tmp_path / "m.gguf", tmp_path / "i.gguf"
+    copy.hardlink_to(model)
+    h = {"text": text, "model": copy, "other output": out}[what]
+    with pytest.raises(RequestError, match=f"is the {what} itself"):
+        calibration.run(model, text, out, Settings(ctx=64), hessian_out=h, force=True)
+    assert text.read_text() == TEXT
+    assert not out.exists()
+
+
 # --- command line
 
 
@@ -314,6 +325,8 @@ def test_command_merges_and_shows(text: Path, model: Path, tmp_path: Path) -> No
     report = json.loads(edgeq("calibrate", "--in-file", c, "--show-statistics", "--json").stdout)
     assert len(report["tensors"]) == 56
     assert [layer["layer"] for layer in report["layers"]] == list(range(8))
+    over = edgeq("calibrate", "--in-file", a, "--in-file", b, "-o", b, "--force")
+    assert (over.exit_code, "is the file to merge itself" in over.stderr) == (2, True)
     old = tmp_path / "old.dat"
     assert edgeq("calibrate", "--in-file", c, "--output-format", "dat", "-o", old).exit_code == 0
     assert imatrix.read(old).sums.keys() == imatrix.read(c).sums.keys()
