@@ -217,6 +217,15 @@ def test_another_run_does_not_go_on_from_it(model: Path, text: Path, tmp_path: P
     assert report.resumed == 0
 
 
+def test_other_code_does_not_go_on(
+    model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    interrupt(model, text, tmp_path / "i.gguf")
+    monkeypatch.setattr(calibration, "program", lambda: "newer")
+    with pytest.raises(ResourceError, match="or of another edgeq: finish that one"):
+        calibration.run(model, text, tmp_path / "i.gguf", Settings(ctx=64))
+
+
 def test_damaged_state_is_refused(model: Path, text: Path, tmp_path: Path) -> None:
     out = tmp_path / "i.gguf"
     interrupt(model, text, out)
@@ -224,6 +233,27 @@ def test_damaged_state_is_refused(model: Path, text: Path, tmp_path: Path) -> No
     progress.write_bytes(progress.read_bytes()[:-100])
     with pytest.raises(ResourceError, match=r"progress\.npz: cannot be read: remove"):
         calibration.run(model, text, out, Settings(ctx=64))
+
+
+def test_a_folder_of_somebody_else_is_kept(model: Path, text: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "i.gguf.state"
+    folder.mkdir()
+    (folder / "model.gguf").write_bytes(b"precious")
+    for force in (False, True):
+        with pytest.raises(ResourceError, match=r"i\.gguf\.state: was not made by a calibration"):
+            calibration.run(model, text, tmp_path / "i.gguf", Settings(ctx=64), force=force)
+    assert [path.read_bytes() for path in folder.iterdir()] == [b"precious"]
+
+
+def test_what_was_killed_while_it_wrote_is_ours(model: Path, text: Path, tmp_path: Path) -> None:
+    out = tmp_path / "i.gguf"
+    folder = tmp_path / "i.gguf.state"
+    folder.mkdir()
+    (folder / "new-run.json").write_text("{")
+    interrupt(model, text, out)
+    (folder / "new-progress.npz").touch()
+    calibration.run(model, text, out, Settings(ctx=64))
+    assert not folder.exists()
 
 
 def test_two_runs_do_not_share_a_state(model: Path, text: Path, tmp_path: Path) -> None:

@@ -30,6 +30,7 @@ from edgeq.engine import Model, load
 from edgeq.errors import FormatError, RequestError, ResourceError
 from edgeq.gguf import GgufWriter, open_gguf
 from edgeq.imatrix import Imatrix, dat
+from edgeq.resume import program
 
 __all__ = ["DEFAULT_CONTEXT", "Report", "Settings", "collect", "run", "save"]
 
@@ -161,6 +162,7 @@ def _identity(model: Path, text: Path, settings: Settings) -> dict[str, object]:
         "model": [_stamp(file) for file in _files(model)],
         "text": hashlib.sha256(text.read_bytes()).hexdigest(),
         "settings": dataclasses.asdict(settings),
+        "program": program(),
     }
 
 
