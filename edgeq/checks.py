@@ -3,12 +3,14 @@ was expected.
 """
 
 import operator
+import os
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 from edgeq.errors import RequestError
 
-__all__ = ["stop_texts", "token_ids", "whole"]
+__all__ = ["outputs", "stop_texts", "token_ids", "whole"]
 
 
 def whole(name: str, value: Any, low: int, high: int) -> int:
@@ -43,3 +45,30 @@ def stop_texts(stop: str | Sequence[str]) -> list[str]:
     if not isinstance(texts, list | tuple) or not all(isinstance(t, str) and t for t in texts):
         raise RequestError(f"stop = {stop!r}: expected a text or several, none of them empty")
     return list(texts)
+
+
+def outputs(files: Iterable[Path | str | None], inputs: Iterable[tuple[str, Path | str]]) -> None:
+    """Files to write are none of the files to read, (what it is, path), nor the same as another;
+    None stands for no file.
+
+    >>> outputs(["out.gguf"], [("text", "a.txt"), ("source", "./out.gguf")])
+    Traceback (most recent call last):
+        ...
+    edgeq.errors.RequestError: out.gguf: is the source itself: give another name for the output
+    """
+    taken = list(inputs)
+    for file in files:
+        if file is None:
+            continue
+        for what, path in taken:
+            if _same(file, path):
+                advice = "give another name for the output"
+                raise RequestError(f"{file}: is the {what} itself: {advice}")
+        taken.append(("other output", file))
+
+
+def _same(a: Path | str, b: Path | str) -> bool:
+    """Whether these are one file, by whatever links; it need not exist yet."""
+    if os.path.exists(a) and os.path.exists(b):
+        return os.path.samefile(a, b)
+    return os.path.realpath(a) == os.path.realpath(b)

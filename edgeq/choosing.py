@@ -24,6 +24,7 @@ from edgeq.native import native_recipe
 from edgeq.recipe import Recipe, assign, quantizable
 from edgeq.sources import Source
 from edgeq.statistics import Statistics
+from edgeq.text import printable
 
 __all__ = ["Target", "choose", "sensible"]
 
@@ -107,7 +108,7 @@ def choose(
     if target.outliers:
         chosen = {name: c.format.name for name, c in promote(choices, chosen).items()}
     name = f"{target.bpw:g}bpw" if target.bpw is not None else f"{target.size}B"
-    return _recipe(source, chosen, name, f"made for {source.name} by search"), ""
+    return _recipe(source, chosen, name, f"made for {printable(source.name)} by search"), ""
 
 
 def _matrices(source: Source) -> dict[str, tuple[int, ...]]:

@@ -8,7 +8,6 @@ claimed, before the first weight is read.
 import contextlib
 import dataclasses
 import math
-import os
 import re
 import struct
 import time
@@ -19,10 +18,9 @@ from typing import Any, cast
 
 import numpy as np
 
-from edgeq import blocks, hessian
+from edgeq import blocks, checks, hessian
 from edgeq.choosing import Target, choose
 from edgeq.encoding import Encoder
-from edgeq.errors import RequestError
 from edgeq.folding import Scaler, fold
 from edgeq.gguf import GgufWriter, TensorSpec
 from edgeq.importance import Given, resolve
@@ -152,6 +150,7 @@ def run(
         metadata = {**source.metadata(), **_file_keys(0), **weighted.metadata}
         mixture, why = choose(source, recipe, target, known, metadata, threads, progress)
         path = _output_path(source, mixture, out)
+        checks.outputs([path], _inputs(source, recipe, importance, hessians))
         specs = _specs(source, mixture, bool(known))
         warnings = weighted.missing([spec.name for spec in specs if spec.format.value != "x"])
         same = identity(source, mixture.name, method, weighted.values, opened)
@@ -194,14 +193,25 @@ def _file_keys(file_type: int) -> dict[str, Any]:
 
 
 def _output_path(source: Source, recipe: Recipe, out: Path | str | None) -> Path:
-    """Path to write, which is none of the files to read."""
+    """Path to write."""
     path = Path(out) if out is not None else Path()
-    if path.is_dir():
-        path = path / f"{_stem(source.name)}-{recipe.name}.gguf"
-    for file in source.files:
-        if path.exists() and os.path.samefile(path, file):
-            raise RequestError(f"{path}: is the source itself: give another name for the output")
-    return path
+    return path / f"{_stem(source.name)}-{recipe.name}.gguf" if path.is_dir() else path
+
+
+def _inputs(
+    source: Source,
+    recipe: str | Path | Recipe | None,
+    importance: Given | None,
+    hessians: Path | str | None,
+) -> Iterator[tuple[str, Path | str]]:
+    """What each file to read is, and its path."""
+    yield from (("source", file) for file in source.files)
+    if isinstance(recipe, Path | str) and str(recipe).endswith(".toml"):
+        yield "recipe", recipe
+    if isinstance(importance, Path | str):
+        yield "importance matrix", importance
+    if hessians is not None:
+        yield "file of Hessians", hessians
 
 
 def _stem(name: str) -> str:

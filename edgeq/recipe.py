@@ -6,6 +6,7 @@ files, edit it and pass its path.
 """
 
 import json
+import os
 import re
 from collections import Counter
 from collections.abc import Iterable
@@ -13,12 +14,23 @@ from dataclasses import dataclass, fields
 from fnmatch import fnmatchcase
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from edgeq.blockformat import get
 from edgeq.data import find, from_table, load_toml
-from edgeq.errors import FormatError, RequestError
+from edgeq.errors import FormatError, RequestError, ResourceError
 
-__all__ = ["Model", "Recipe", "Rule", "assign", "quantizable", "recipes", "to_toml"]
+__all__ = [
+    "Model",
+    "Recipe",
+    "Rule",
+    "assign",
+    "quantizable",
+    "recipes",
+    "refuse_target",
+    "save",
+    "to_toml",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +125,7 @@ def to_toml(recipe: Recipe) -> str:
     """
     head = {field.name: getattr(recipe, field.name) for field in fields(recipe)}
     rules = head.pop("rule")
-    lines = [f"{key} = {json.dumps(value)}" for key, value in head.items()]
+    lines = [f"{key} = {_toml(value)}" for key, value in head.items()]
     return "\n".join([*lines, "rule = [", *map(_rule_line, rules), "]", ""])
 
 
@@ -123,7 +135,49 @@ def _rule_line(rule: Rule) -> str:
         for field in fields(rule)
         if getattr(rule, field.name) != field.default
     }
-    return "    { " + ", ".join(f"{k} = {json.dumps(v)}" for k, v in given.items()) + " },"
+    return "    { " + ", ".join(f"{k} = {_toml(v)}" for k, v in given.items()) + " },"
+
+
+def _toml(value: Any) -> str:
+    """JSON, where TOML has no other: no pairs of surrogates, and no DEL as it is."""
+    if isinstance(value, tuple):
+        return f"[{', '.join(map(_toml, value))}]"
+    if isinstance(value, str):  # of a file name that is no UTF-8 there may be halves of pairs
+        value = value.encode(errors="backslashreplace").decode()
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
+def refuse_target(path: Path | str, *, force: bool = False) -> None:
+    """Say before the work that `save` could not write there. Raises RequestError, ResourceError."""
+    path = Path(path)
+    if path.suffix != ".toml":
+        raise RequestError(f"{path}: expected a name that ends with .toml, as -t needs it")
+    if not path.absolute().parent.is_dir():
+        raise ResourceError(f"{path}: its folder does not exist: create it first")
+    if path.is_dir():
+        raise ResourceError(f"{path}: is a folder: give the name of a file")
+    if not force and os.path.lexists(path):
+        raise ResourceError(f"{path}: exists already: use force to replace it")
+
+
+def save(recipe: Recipe, path: Path | str, *, force: bool = False) -> None:
+    """Write a recipe file; under its name there is all of it, or what was there before.
+
+    Raises RequestError, ResourceError.
+    """
+    refuse_target(path, force=force)
+    part = Path(f"{path}.{os.getpid()}.part")
+    try:
+        try:
+            with part.open("w", encoding="utf-8") as file:
+                file.write(to_toml(recipe))
+                file.flush()
+                os.fsync(file.fileno())
+            part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)
+    except OSError as error:
+        raise ResourceError(f"{path}: cannot be written: {error.strerror}") from error
 
 
 def recipes() -> list[str]:

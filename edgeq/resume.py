@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from edgeq.data import find
 from edgeq.errors import ResourceError
 from edgeq.hessian import Hessians
 from edgeq.sources import Source
@@ -55,10 +56,13 @@ def _array(name: str, w: NDArray[np.float32]) -> bytes:
 
 @cache
 def program() -> str:
-    """Text of this package, and the versions of what compiles it: other code, other bytes."""
+    """Text of this package and of its formats and recipes, and the versions of what compiles it:
+    other code, other bytes.
+    """
     home = Path(__file__).parent
     versions = [f"{name} {importlib.metadata.version(name)}".encode() for name in _COMPILERS]
-    return _digest([*versions, *(path.read_bytes() for path in sorted(home.rglob("*.py")))])
+    files = [*sorted(home.rglob("*.py")), *sorted(find("formats").rglob("*.toml"))]
+    return _digest([*versions, *(path.read_bytes() for path in files)])
 
 
 def _digest(items: Iterable[bytes]) -> str:

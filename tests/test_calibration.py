@@ -217,6 +217,15 @@ def test_another_run_does_not_go_on_from_it(model: Path, text: Path, tmp_path: P
     assert report.resumed == 0
 
 
+def test_other_code_does_not_go_on(
+    model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    interrupt(model, text, tmp_path / "i.gguf")
+    monkeypatch.setattr(calibration, "program", lambda: "newer")
+    with pytest.raises(ResourceError, match="or of another edgeq: finish that one"):
+        calibration.run(model, text, tmp_path / "i.gguf", Settings(ctx=64))
+
+
 def test_damaged_state_is_refused(model: Path, text: Path, tmp_path: Path) -> None:
     out = tmp_path / "i.gguf"
     interrupt(model, text, out)
@@ -224,6 +233,27 @@ def test_damaged_state_is_refused(model: Path, text: Path, tmp_path: Path) -> No
     progress.write_bytes(progress.read_bytes()[:-100])
     with pytest.raises(ResourceError, match=r"progress\.npz: cannot be read: remove"):
         calibration.run(model, text, out, Settings(ctx=64))
+
+
+def test_a_folder_of_somebody_else_is_kept(model: Path, text: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "i.gguf.state"
+    folder.mkdir()
+    (folder / "model.gguf").write_bytes(b"precious")
+    for force in (False, True):
+        with pytest.raises(ResourceError, match=r"i\.gguf\.state: was not made by a calibration"):
+            calibration.run(model, text, tmp_path / "i.gguf", Settings(ctx=64), force=force)
+    assert [path.read_bytes() for path in folder.iterdir()] == [b"precious"]
+
+
+def test_what_was_killed_while_it_wrote_is_ours(model: Path, text: Path, tmp_path: Path) -> None:
+    out = tmp_path / "i.gguf"
+    folder = tmp_path / "i.gguf.state"
+    folder.mkdir()
+    (folder / "new-run.json").write_text("{")
+    interrupt(model, text, out)
+    (folder / "new-progress.npz").touch()
+    calibration.run(model, text, out, Settings(ctx=64))
+    assert not folder.exists()
 
 
 def test_two_runs_do_not_share_a_state(model: Path, text: Path, tmp_path: Path) -> None:
@@ -279,6 +309,17 @@ def test_texts_and_settings_that_do_not_do(
     assert [path.name for path in tmp_path.iterdir()] == ["text.txt"]
 
 
+@pytest.mark.parametrize("what", ["text", "model", "other output"])
+def test_no_input_is_ever_overwritten(model: Path, text: Path, tmp_path: Path, what: str) -> None:
+    copy, out = tmp_path / "m.gguf", tmp_path / "i.gguf"
+    copy.hardlink_to(model)
+    h = {"text": text, "model": copy, "other output": out}[what]
+    with pytest.raises(RequestError, match=f"is the {what} itself"):
+        calibration.run(model, text, out, Settings(ctx=64), hessian_out=h, force=True)
+    assert text.read_text() == TEXT
+    assert not out.exists()
+
+
 # --- command line
 
 
@@ -314,6 +355,8 @@ def test_command_merges_and_shows(text: Path, model: Path, tmp_path: Path) -> No
     report = json.loads(edgeq("calibrate", "--in-file", c, "--show-statistics", "--json").stdout)
     assert len(report["tensors"]) == 56
     assert [layer["layer"] for layer in report["layers"]] == list(range(8))
+    over = edgeq("calibrate", "--in-file", a, "--in-file", b, "-o", b, "--force")
+    assert (over.exit_code, "is the file to merge itself" in over.stderr) == (2, True)
     old = tmp_path / "old.dat"
     assert edgeq("calibrate", "--in-file", c, "--output-format", "dat", "-o", old).exit_code == 0
     assert imatrix.read(old).sums.keys() == imatrix.read(c).sums.keys()

@@ -77,12 +77,50 @@ def test_files_are_used_again_as_long_as_they_fit(
     for old, new in zip(document["rows"], again["rows"], strict=True):
         for key in ("tensors", "relative_rmse", "size"):
             assert new[key] == old[key]
-    os.utime(folder / "Q8_0.gguf")  # somebody else wrote it
-    (folder / "Q2_K-rtn.json").write_text('{"key": 3')
+    (folder / "Q2_K-rtn.gguf").unlink()
     compare(CHECKPOINT, plan(), folder)
-    assert made == ["Q8_0.gguf", "Q2_K-rtn.gguf"]
+    assert made == ["Q2_K-rtn.gguf"]
     compare(CHECKPOINT, plan(options={"allow_requantize": True}), folder)  # another way to make it
-    assert len(made) == 5
+    assert len(made) == 4
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("Q2_K-rtn.gguf", b"precious"),  # no notes
+        ("Q2_K-rtn.json", b"precious"),  # no notes, though their name
+        ("Q2_K-rtn.json", b'{"key": 3, "file": [1, 2]}'),
+    ],
+)
+def test_what_is_not_ours_is_never_replaced(name: str, content: bytes, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ResourceError, match=f"{name}: was not made by an earlier comparison"):
+        compare(CHECKPOINT, plan(), tmp_path)
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [content]  # before any work
+
+
+def test_a_file_that_changed_is_not_ours_any_more(tmp_path: Path) -> None:
+    path = conversions.convert(CHECKPOINT, parse("F16"), tmp_path, {}).path
+    path.write_bytes(b"precious")
+    with pytest.raises(ResourceError, match=r"F16\.gguf: was not made by"):
+        conversions.convert(CHECKPOINT, parse("F16"), tmp_path, {})
+    assert path.read_bytes() == b"precious"
+
+
+@pytest.mark.parametrize("role", ["candidate", "reference"])
+def test_a_file_to_compare_is_never_replaced(role: str, tmp_path: Path) -> None:
+    folder = tmp_path / "work"
+    folder.mkdir()
+    conversions.convert(CHECKPOINT, parse("F16"), folder, {})
+    link = tmp_path / "link.gguf"
+    link.symlink_to(folder / "F16.gguf")
+    before = (folder / "F16.gguf").read_bytes()
+    given = [parse(str(link)), parse("F16")]
+    more = {"candidates": given} if role == "candidate" else {"reference": given[0]}
+    asked = plan(**{"candidates": given[1:], **more})
+    with pytest.raises(RequestError, match=r"F16\.gguf: is the file to compare itself"):
+        compare(CHECKPOINT, asked, folder)
+    assert (folder / "F16.gguf").read_bytes() == before
 
 
 def test_a_change_of_any_option_makes_the_file_again(tmp_path: Path) -> None:

@@ -1,7 +1,9 @@
 """Recipes made to fit a size."""
 
+import dataclasses
 import itertools
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +13,10 @@ from tiny_checkpoint import CONFIG, write_checkpoint
 
 from edgeq import blocks, hessian
 from edgeq.choosing import Target, sensible
-from edgeq.errors import RequestError
+from edgeq.errors import RequestError, ResourceError
 from edgeq.mixture import Choice, promote, solve, to_recipe
 from edgeq.pipeline import run
-from edgeq.recipe import Model, Recipe, assign, recipes, to_toml
+from edgeq.recipe import Model, Recipe, Rule, assign, recipes, save, to_toml
 from edgeq.sources import open_source
 
 WIDE = {**CONFIG, "hidden_size": 256, "intermediate_size": 512}
@@ -76,6 +78,52 @@ def test_recipes_survive_being_written(name: str, tmp_path: Path) -> None:
     path = tmp_path / "copy.toml"
     path.write_text(to_toml(Recipe.load(name)))
     assert Recipe.load(path) == Recipe.load(name)
+
+
+@pytest.mark.parametrize("about", ["🦙 und 漢", "a\x7fb\x01\n", '"\\', "caf\udce9"])
+def test_any_text_survives_being_written(about: str, tmp_path: Path) -> None:
+    recipe = Recipe("🦙", 15, "Q4_K", about, ("a\x7f", "é"), (Rule("🦙*", "Q6_K"),))
+    save(recipe, tmp_path / "r.toml")
+    expected = about.replace("\udce9", "\\udce9")  # TOML has no halves of pairs
+    assert Recipe.load(tmp_path / "r.toml") == dataclasses.replace(recipe, about=expected)
+
+
+def test_a_recipe_is_saved_whole_or_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "r.toml"
+    path.write_text("precious")
+    with pytest.raises(ResourceError, match=r"r\.toml: exists already"):
+        save(Recipe.load("Q4_0"), path)
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(ResourceError, match=r"r\.toml: cannot be written: No space"):
+        save(Recipe.load("Q4_0"), path, force=True)
+    assert [file.read_text() for file in tmp_path.iterdir()] == ["precious"]
+    monkeypatch.undo()
+    save(Recipe.load("Q4_0"), path, force=True)
+    assert Recipe.load(path) == Recipe.load("Q4_0")
+
+
+def fail(fd: int) -> None:
+    raise OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("r.txt", "r.txt: expected a name that ends with .toml"),
+        ("no/r.toml", "no/r.toml: its folder does not exist"),
+        ("given.toml", "given.toml: is the recipe itself"),
+        ("out.toml", "out.toml: is the model itself"),
+    ],
+)
+def test_a_recipe_that_cannot_be_saved_is_refused_before_work(
+    name: str, told: str, tmp_path: Path
+) -> None:
+    given = tmp_path / "given.toml"
+    given.write_text(to_toml(Recipe.load("Q4_0")))
+    options = ("-t", given, "-o", tmp_path / "out.toml", "--save-recipe", tmp_path / name)
+    result = edgeq("convert", write_checkpoint(tmp_path / "model"), *options, "--force")
+    assert (result.exit_code, told in result.stderr) == (2, True), result.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["given.toml", "model"]
 
 
 def test_a_made_recipe_gives_the_formats_it_was_made_of(rng: np.random.Generator) -> None:
@@ -177,6 +225,8 @@ def test_command_line(tmp_path: Path) -> None:
     again = edgeq("convert", source, "-o", tmp_path / "p.gguf", "-t", recipe)
     assert again.exit_code == 0
     assert (tmp_path / "p.gguf").read_bytes() == out.read_bytes()
+    here = edgeq("convert", source, "-o", tmp_path / "q.gguf", "--save-recipe", recipe)
+    assert (here.exit_code, "mine.toml: exists already" in here.stderr) == (2, True)
     plain = edgeq("convert", source, "-o", tmp_path / "q.gguf")
     assert "Q4_K_M: 4 bits" in plain.stderr
     wrong = edgeq("convert", source, "--size", "big")

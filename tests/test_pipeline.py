@@ -10,12 +10,13 @@ import pytest
 from numpy.typing import NDArray
 from tiny_checkpoint import CONFIG, bf16, random_weights, write_checkpoint, write_safetensors
 
-from edgeq import blocks, stream
+from edgeq import blocks, hessian, imatrix, stream
 from edgeq.checkpoint.names import gguf_names
 from edgeq.errors import EdgeqError, ModelError, RequestError, ResourceError
 from edgeq.gguf import open_gguf
 from edgeq.models import llama
 from edgeq.pipeline import convert, run
+from edgeq.recipe import Recipe, to_toml
 from edgeq.sources import CheckpointSource
 
 WIDE = {**CONFIG, "hidden_size": 256, "intermediate_size": 512}
@@ -188,6 +189,23 @@ def test_source_is_never_overwritten(checkpoint: Path, tmp_path: Path) -> None:
             convert(path, out, "F16", force=True)
     with pytest.raises(RequestError, match="is the source itself"):
         convert(checkpoint, checkpoint / "model.safetensors", "F16", force=True)
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("key", ["recipe", "importance", "hessians"])
+def test_no_input_is_ever_overwritten(checkpoint: Path, tmp_path: Path, key: str) -> None:
+    name, ones, path = "blk.0.ffn_up.weight", np.ones((1, 64), np.float32), tmp_path / "x.toml"
+    if key == "recipe":
+        path.write_text(to_toml(Recipe.load("F16")))
+    elif key == "importance":
+        imatrix.write(imatrix.Imatrix({name: ones}, {name: ones[0, :1]}), path)
+    else:
+        hessian.write(path, {(name,): np.diag(ones[0])}, tokens=1)
+    before = path.read_bytes()
+    (tmp_path / "link.gguf").symlink_to(path)
+    for out in (path, tmp_path / "link.gguf"):
+        with pytest.raises(RequestError, match=f"is the .*{key[1:-1]}.* itself: give another name"):
+            run(checkpoint, out, **{"recipe": "F16", key: path}, force=True)
     assert path.read_bytes() == before
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from shell import ROOT, edgeq
+from stopping import stop
 from tiny_checkpoint import CONFIG, random_weights, write_checkpoint
 
 from edgeq import pipeline
@@ -26,18 +27,6 @@ WIDE = {**CONFIG, "hidden_size": 256, "intermediate_size": 512}
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
     return write_checkpoint(tmp_path / "tiny-model", WIDE)
-
-
-def stop(source: Path, out: Path, recipe: str = "Q4_0", share: float = 0.5, **options: Any) -> Path:
-    """A conversion stopped by Ctrl-C when `share` of the bytes are done; the path of its rest."""
-
-    def interrupt(done: int, total: int, name: str) -> None:
-        if done > share * total:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        convert(source, out, recipe, progress=interrupt, **options)
-    return out.with_name(out.name + ".part")
 
 
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.99])
@@ -78,60 +67,6 @@ def test_an_error_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="nan"):
         convert(source, tmp_path / "out.gguf", "F16")
     assert not list(tmp_path.glob("out*"))
-
-
-def touch(source: Path) -> None:
-    os.utime(source / "model.safetensors", (1, 1))
-
-
-def other_weights(source: Path) -> None:
-    write_checkpoint(source, WIDE, random_weights(WIDE, seed=8))
-
-
-def test_another_conversion_to_the_same_name_is_refused(checkpoint: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out.gguf"
-    part = stop(checkpoint, out)
-    before = part.read_bytes()
-    importance = {"blk.0.ffn_up.weight": np.ones(256, np.float32)}
-    others: list[tuple[str, str, dict[str, Any]]] = [
-        ("Q8_0", r"recipe Q4_0 \(now Q8_0\)", {}),
-        ("Q4_0", r"method search \(now rtn\)", {"method": "rtn"}),
-        ("Q4_0", r"importance \w+ \(now \w+\)", {"importance": importance}),
-    ]
-    for recipe, message, options in others:
-        with pytest.raises(ResourceError, match=message) as caught:
-            convert(checkpoint, out, recipe, **options)
-        assert "unfinished file of another conversion" in str(caught.value)
-        assert "\n" not in str(caught.value)
-    assert part.read_bytes() == before
-    expected = convert(checkpoint, tmp_path / "q8.gguf", "Q8_0").read_bytes()
-    assert convert(checkpoint, out, "Q8_0", force=True).read_bytes() == expected
-
-
-@pytest.mark.parametrize("change", [touch, other_weights])
-def test_changed_source_is_another_conversion(
-    checkpoint: Path, tmp_path: Path, change: Callable[[Path], None]
-) -> None:
-    stop(checkpoint, tmp_path / "out.gguf")
-    change(checkpoint)
-    with pytest.raises(ResourceError, match=r"files \w+ \(now \w+\)"):
-        convert(checkpoint, tmp_path / "out.gguf", "Q4_0")
-
-
-def test_other_metadata_is_another_conversion(checkpoint: Path, tmp_path: Path) -> None:
-    stop(checkpoint, tmp_path / "out.gguf")
-    (checkpoint / "README.md").write_text("---\nlicense: mit\n---\n")
-    with pytest.raises(ResourceError, match=r"header \w+ \(now"):
-        convert(checkpoint, tmp_path / "out.gguf", "Q4_0")
-
-
-def test_other_code_is_another_conversion(
-    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    stop(checkpoint, tmp_path / "out.gguf")
-    monkeypatch.setattr("edgeq.resume.program", lambda: "newer")
-    with pytest.raises(ResourceError, match=r"program \w+ \(now newer\)"):
-        convert(checkpoint, tmp_path / "out.gguf", "Q4_0")
 
 
 def test_damaged_tensor_is_made_again(checkpoint: Path, tmp_path: Path) -> None:
@@ -197,8 +132,8 @@ def test_every_byte_of_a_journal_may_be_wrong(tmp_path: Path, rng: np.random.Gen
 
 def checksum(data: bytes, *cuts: int) -> int:
     total, ends = journal.Checksum(), [*cuts, len(data)]
-    for start, stop in zip([0, *cuts], ends, strict=True):
-        total.add(memoryview(data)[start:stop])
+    for start, end in zip([0, *cuts], ends, strict=True):
+        total.add(memoryview(data)[start:end])
     return total.value(b"")
 
 

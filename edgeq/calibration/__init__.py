@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
-from edgeq import hessian, imatrix, memory, models, pipeline
+from edgeq import checks, hessian, imatrix, memory, models, pipeline
 from edgeq.calibration.state import State
 from edgeq.calibration.sums import Outer
 from edgeq.calibration.work import Progress, Settings, Work, collect
@@ -30,6 +30,7 @@ from edgeq.engine import Model, load
 from edgeq.errors import FormatError, RequestError, ResourceError
 from edgeq.gguf import GgufWriter, open_gguf
 from edgeq.imatrix import Imatrix, dat
+from edgeq.resume import program
 
 __all__ = ["DEFAULT_CONTEXT", "Report", "Settings", "collect", "run", "save"]
 
@@ -73,14 +74,17 @@ def run(
     to hold at a time, by default a quarter of the free memory. save_every: seconds between saves. A
     run that was interrupted goes on where it last saved, beside `out`, and writes the same bytes.
 
-    Raises RequestError for text and settings, ResourceError (disk, memory, `out` exists and not
-    `force`), FormatError and ModelError for the model.
+    Raises RequestError for text, settings and an output that is an input, ResourceError (disk,
+    memory, `out` exists and not `force`), FormatError and ModelError for the model.
     """
     started, out, content = time.monotonic(), Path(out), _read_text(Path(text))
     settings = dataclasses.replace(settings or Settings(), hessians=hessian_out is not None)
+    identity = _identity(Path(model), Path(text), settings)
+    inputs = [("model", file) for file in _files(Path(model))]
+    checks.outputs([out, hessian_out], [("text", text), *inputs])
     for path in (out, hessian_out):
         _refuse_existing(path, force)
-    with State(out, _identity(Path(model), Path(text), settings), force=force) as state:
+    with State(out, identity, force=force) as state:
         path, saved = _gguf(Path(model), state), state.load()
         budget = int(saved.get("budget", budget or memory.available() // 4))
         ctx = _chunk_size(path, settings)
@@ -154,14 +158,19 @@ def _read_text(path: Path) -> str:
 
 def _identity(model: Path, text: Path, settings: Settings) -> dict[str, object]:
     """What must be the same for a run to be the one that was interrupted."""
-    if not model.exists():
-        raise ResourceError(f"{model}: not found: give a GGUF file or a checkpoint folder")
-    files = sorted(model.iterdir()) if model.is_dir() else [model]
     return {
-        "model": [_stamp(file) for file in files if file.is_file()],
+        "model": [_stamp(file) for file in _files(model)],
         "text": hashlib.sha256(text.read_bytes()).hexdigest(),
         "settings": dataclasses.asdict(settings),
+        "program": program(),
     }
+
+
+def _files(model: Path) -> list[Path]:
+    if not model.exists():
+        raise ResourceError(f"{model}: not found: give a GGUF file or a checkpoint folder")
+    found = sorted(model.iterdir()) if model.is_dir() else [model]
+    return [file for file in found if file.is_file()]
 
 
 def _stamp(file: Path) -> list[object]:

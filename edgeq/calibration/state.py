@@ -24,13 +24,14 @@ __all__ = ["State"]
 Arrays = Mapping[str, NDArray[Any]]
 
 _PROGRESS, _RUN, MODEL = "progress.npz", "run.json", "model.gguf"
+_NEW = "new-"  # what is being written
 
 
 class State:
     """The folder of one run, locked while it is in use; `identity` tells runs apart.
 
-    Raises ResourceError when another process uses the folder, or it belongs to another run and
-    `force` is not set: then it is emptied.
+    Raises ResourceError when another process uses the folder, it holds files of somebody else, or
+    it belongs to another run and `force` is not set: then it is emptied.
     """
 
     def __init__(self, out: Path, identity: Mapping[str, object], *, force: bool = False) -> None:
@@ -60,13 +61,22 @@ class State:
         found = run.read_text(encoding="utf-8", errors="replace") if run.exists() else None
         if found == identity:
             return
-        if found is not None and not force:
+        if found is None:
+            self._refuse_foreign()
+        elif not force:
             raise ResourceError(
-                f"{self.folder}: is of a run with another model, text or settings: finish that "
-                "one, remove the folder, or use force to start again"
+                f"{self.folder}: is of a run with another model, text or settings, or of another "
+                "edgeq: finish that one, remove the folder, or use force to start again"
             )
         self._empty()
         self._replace(run, lambda path: path.write_text(identity, encoding="utf-8"))
+
+    def _refuse_foreign(self) -> None:
+        """Only what was stopped at once has no run.json yet."""
+        known = {_NEW + _RUN}
+        if any(path.name not in known for path in self.folder.iterdir()):
+            advice = "move it away, or write to another name"
+            raise ResourceError(f"{self.folder}: was not made by a calibration: {advice}")
 
     def __enter__(self) -> Self:
         return self
@@ -107,12 +117,13 @@ class State:
             self.folder.rmdir()
 
     def _empty(self) -> None:
-        ours = [_PROGRESS, _RUN, MODEL, MODEL + ".part"]
-        for path in [*(self.folder / name for name in ours), *self.folder.glob("pass-*.npz")]:
-            path.unlink(missing_ok=True)
+        passes = [path.name for path in self.folder.glob("pass-*.npz")]
+        new = [path.name for path in self.folder.glob(_NEW + "*")]
+        for name in (*new, *passes, _PROGRESS, MODEL, MODEL + ".part", _RUN):  # whose it is: last
+            (self.folder / name).unlink(missing_ok=True)
 
     def _replace(self, path: Path, write: Any) -> None:
-        part = path.with_name("new-" + path.name)
+        part = path.with_name(_NEW + path.name)
         with _reported(path):
             try:
                 write(part)

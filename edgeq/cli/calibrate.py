@@ -56,28 +56,31 @@ def command(
 
     Calibrate on text like that of the model's use, and evaluate on other text.
     """
-    from edgeq import calibration, imatrix
+    from edgeq import calibration, checks, imatrix
 
+    target = Path(out or f"imatrix.{output_format}")
+    writes = model is not None or bool(out) or not show_statistics
+    if writes:
+        checks.outputs([target, options["hessian"]], [("file to merge", part) for part in parts])
     given = [imatrix.read(part) for part in parts]
     report: Report | None = None
     if model is not None:
         if text is None:
             raise click.UsageError("a text is needed: give -f FILE")
-        target = Path(out or f"imatrix.{output_format}")
         report = _run(model, text, target, given, output_format, force, options)
         found = report.imatrix
     elif text is not None or not given:
         raise click.UsageError("give MODEL and -f FILE, or files to merge with --in-file")
     else:
-        found, target = imatrix.merge(given), Path(out or f"imatrix.{output_format}")
-        if out or not show_statistics:
+        found = imatrix.merge(given)
+        if writes:
             calibration.save(found, target, output_format, force=force)
     if as_json:
         click.echo(json.dumps(_document(found, target, report, show_statistics), indent=1))
         return
     if show_statistics:
         _show(found)
-    if model is not None or out or not show_statistics:
+    if writes:
         click.echo(_summary(found, target, report))
 
 

@@ -6,17 +6,14 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from edgeq.cli._terminal import human, note
-from edgeq.errors import ResourceError
 
 if TYPE_CHECKING:
     from edgeq.pipeline import ConversionReport
-    from edgeq.recipe import Recipe
 
 _STARTING = "starting (first use compiles)"
 
@@ -97,7 +94,11 @@ def command(
     """
     from edgeq import hub, pipeline
     from edgeq.choosing import Target
+    from edgeq.recipe import save
 
+    if save_recipe is not None:
+        files = (("importance matrix", imatrix), ("file of Hessians", hessian), ("model", out))
+        _refuse_recipe(save_recipe, force, [("recipe", recipe), ("source", src), *files])
     source = hub.checkpoint(src)
     with _stoppable() as check, _progress(check) as advance:
         report = pipeline.run(
@@ -116,7 +117,7 @@ def command(
     if report.resumed:
         note(f"went on with an interrupted conversion: {report.resumed} tensors were finished")
     if save_recipe is not None:
-        _save(report.mixture, save_recipe)
+        save(report.mixture, save_recipe, force=force)
     if report.why:
         note(report.why)
     for warning in report.warnings:
@@ -177,13 +178,13 @@ def _progress(check: Callable[[], None]) -> Iterator[Callable[[int, int, str], N
         yield advance
 
 
-def _save(recipe: "Recipe", path: str) -> None:
-    from edgeq.recipe import to_toml
+def _refuse_recipe(path: str, force: bool, others: list[tuple[str, str | None]]) -> None:
+    """Say it before hours of work: the recipe cannot be saved there."""
+    from edgeq import checks
+    from edgeq.recipe import refuse_target
 
-    try:
-        Path(path).write_text(to_toml(recipe), encoding="utf-8")
-    except OSError as error:
-        raise ResourceError(f"{path}: {error.strerror}: give another --save-recipe") from error
+    checks.outputs([path], [(what, other) for what, other in others if other is not None])
+    refuse_target(path, force=force)
 
 
 def _summary(report: "ConversionReport") -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from edgeq import memory, questions
-from edgeq.compare.conversions import Candidate, Conversion, convert, parse
+from edgeq.compare.conversions import Candidate, Conversion, check, convert, parse
 from edgeq.compare.speed import Lengths, Speed, measure
 from edgeq.engine import load
 from edgeq.errors import RequestError
@@ -76,11 +76,13 @@ def compare(
     second, `evaluation` (see `edgeq.evaluate.Evaluation`), `questions`, and the `tensors` with
     their formats and relative errors.
 
-    Raises RequestError (plan, text), and as `edgeq.pipeline.run` and `edgeq.load`.
+    Raises RequestError (plan, text), ResourceError (a file in `folder` that is not ours), and as
+    `edgeq.pipeline.run` and `edgeq.load`.
     """
     tell = progress or (lambda *_: None)
     candidates = _unique([plan.reference, *plan.candidates])
     folder.mkdir(parents=True, exist_ok=True)
+    check(candidates, folder)
     rows = list(_convert_all(Path(source), candidates, plan, folder, tell))
     _evaluate_all(rows, plan, tell, on_compile)
     if plan.questions:

@@ -2,23 +2,26 @@
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from edgeq import pipeline
-from edgeq.errors import RequestError
+from edgeq import checks, pipeline
+from edgeq.errors import RequestError, ResourceError
 from edgeq.quantizers import available
 from edgeq.recipe import Recipe
 from edgeq.resume import program
 from edgeq.text import printable
 
-__all__ = ["Candidate", "Conversion", "convert", "parse"]
+__all__ = ["Candidate", "Conversion", "check", "convert", "parse"]
+
+_DAMAGED = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)  # notes
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +67,17 @@ def parse(text: str) -> Candidate:
     return Candidate(recipe, method or "search")
 
 
+def check(candidates: Sequence[Candidate], folder: Path) -> None:
+    """Refuse, before any work, to replace what is not ours to replace. Raises RequestError for a
+    file that is to be compared itself, ResourceError for one that no comparison has made here.
+    """
+    made = [_places(candidate, folder) for candidate in candidates if candidate.file is None]
+    given = [("file to compare", c.file) for c in candidates if c.file is not None]
+    checks.outputs(itertools.chain.from_iterable(made), given)
+    for path, notes in made:
+        _refuse_foreign(path, notes)
+
+
 def convert(
     source: Path,
     candidate: Candidate,
@@ -72,17 +86,17 @@ def convert(
     progress: pipeline.Progress | None = None,
 ) -> Conversion:
     """The candidate's file in `folder`; one that is there is used if it was made of the same source
-    in the same way. Raises as `edgeq.pipeline.run`.
+    in the same way, and replaced if it was made here otherwise. Raises as `edgeq.pipeline.run`.
     """
     if candidate.file is not None:
         return Conversion(candidate.file)
-    stem = candidate.name.replace(" ", "-").replace(os.sep, "-")
-    path, notes = folder / f"{stem}.gguf", folder / f"{stem}.json"
+    path, notes = _places(candidate, folder)
+    _refuse_foreign(path, notes)
     key = _key(source, candidate, options)
     known = _recall(path, notes, key)
     if known:
         return known
-    given = {**options, "method": candidate.method, "force": True, "progress": progress}
+    given = {**options, "method": candidate.method, "force": path.exists(), "progress": progress}
     report = pipeline.run(source, path, candidate.recipe, **given)
     found = Conversion(
         path,
@@ -92,6 +106,25 @@ def convert(
     )
     _remember(notes, found, key)
     return found
+
+
+def _places(candidate: Candidate, folder: Path) -> tuple[Path, Path]:
+    """The candidate's file, and the notes on it."""
+    stem = candidate.name.replace(" ", "-").replace(os.sep, "-")
+    return folder / f"{stem}.gguf", folder / f"{stem}.json"
+
+
+def _refuse_foreign(path: Path, notes: Path) -> None:
+    """Ours are notes that can be read as such, and the file that they describe."""
+    try:
+        described = _read(notes)["file"]
+    except _DAMAGED:
+        taken = [file for file in (notes, path) if os.path.lexists(file)]
+    else:
+        taken = [path] if path.exists() and _state(path) != described else []
+    if taken:
+        advice = "move it away, remove it, or give another folder"
+        raise ResourceError(f"{taken[0]}: was not made by an earlier comparison: {advice}")
 
 
 def _key(source: Path, candidate: Candidate, options: Mapping[str, Any]) -> str:
@@ -115,8 +148,7 @@ def _trace(value: Any) -> Any:
 
 
 def _remember(notes: Path, found: Conversion, key: str) -> None:
-    stat = found.path.stat()
-    record: dict[str, Any] = {"key": key, "file": [stat.st_size, stat.st_mtime_ns]}
+    record: dict[str, Any] = {"key": key, "file": _state(found.path)}
     record |= {"relative_rmse": found.relative_rmse, "errors": found.errors}
     fresh = notes.with_suffix(".json.part")
     fresh.write_text(json.dumps({**record, "warnings": found.warnings}), encoding="utf-8")
@@ -126,11 +158,23 @@ def _remember(notes: Path, found: Conversion, key: str) -> None:
 def _recall(path: Path, notes: Path, key: str) -> Conversion | None:
     """The conversion that left these notes; None when it is another one, or they are damaged."""
     try:
-        record, stat = json.loads(notes.read_text(encoding="utf-8")), path.stat()
-        if record["key"] != key or record["file"] != [stat.st_size, stat.st_mtime_ns]:
+        record = _read(notes)
+        if record["key"] != key or record["file"] != _state(path):
             return None
         errors = {str(name): float(error) for name, error in record["errors"].items()}
         warnings = tuple(map(str, record["warnings"]))
         return Conversion(path, float(record["relative_rmse"]), errors, warnings)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except _DAMAGED:
         return None
+
+
+def _read(notes: Path) -> dict[str, Any]:
+    record: dict[str, Any] = json.loads(notes.read_text(encoding="utf-8"))
+    if not {"key", "file", "relative_rmse", "errors", "warnings"} <= record.keys():
+        raise ValueError("notes of something else")
+    return record
+
+
+def _state(path: Path) -> list[int]:
+    stat = path.stat()
+    return [stat.st_size, stat.st_mtime_ns]
