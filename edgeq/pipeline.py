@@ -154,6 +154,7 @@ def run(
         path = _output_path(source, mixture, out)
         specs = _specs(source, mixture, bool(known))
         warnings = weighted.missing([spec.name for spec in specs if spec.format.value != "x"])
+        warnings += encoder.uncovered(specs)
         same = identity(source, mixture.name, method, weighted.values, opened)
         source = _folded(source, known, method, specs)
         metadata |= _file_keys(mixture.file_type)

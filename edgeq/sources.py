@@ -37,7 +37,7 @@ class Source(Protocol):
     model: Model
     row_step: int  # rows that only make sense together: chunks are multiples of it
     warnings: list[str]
-    # Tensors that are no floats (to quantize them again adds errors): their format, None if foreign.
+    # Tensors that are no floats, and their format (None if foreign): quantizing again adds errors.
     quantized: Mapping[str, BlockFormat | None]
 
     def metadata(self) -> dict[str, Any]:

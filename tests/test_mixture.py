@@ -1,5 +1,6 @@
 """Recipes made to fit a size."""
 
+import contextlib
 import itertools
 import json
 from pathlib import Path
@@ -133,6 +134,20 @@ def test_gptq_says_which_matrices_it_left_to_search(tmp_path: Path) -> None:
     assert methods[loud] == "gptq"
     assert methods["token_embd.weight"] == "search"
     assert sorted(set(methods.values())) == ["gptq", "rtn", "search"]
+    said = [warning for warning in report.warnings if "Hessian" in warning]
+    assert len(said) == 1
+    assert said[0].startswith("no Hessian for 13 of 14 matrices of the layers, such as blk.0.attn_")
+
+
+def test_hessians_of_all_layers_need_no_warning(tmp_path: Path) -> None:
+    source = write_checkpoint(tmp_path / "model", WIDE)
+    with contextlib.closing(open_source(source)) as opened:
+        names = {n: shape[-1] for n, shape in opened.shapes.items() if len(shape) == 2}
+    blocks_only = {(n,): np.eye(k, dtype=np.float32) for n, k in names.items() if n[:4] == "blk."}
+    hessian.write(tmp_path / "h.gguf", blocks_only, tokens=1)
+    report = run(source, tmp_path / "o.gguf", "Q4_0", method="gptq", hessians=tmp_path / "h.gguf")
+    assert {t.name: t.method for t in report.tensors}["token_embd.weight"] == "search"
+    assert not any("Hessian" in warning for warning in report.warnings)
     hessian.write(
         tmp_path / "x.gguf", {("blk.7.x.weight",): np.eye(512, dtype=np.float32)}, tokens=1
     )
