@@ -89,8 +89,8 @@ def fold(
 ) -> FoldedSource:
     """The source with all folds that the method wants; statistics are scaled along.
 
-    architecture: as GGUF names it. Matrices without importance are left alone. Raises ModelError for an architecture that is not
-    known, since what feeds what is not known then.
+    architecture: as GGUF names it. Matrices without importance are left alone. Raises ModelError
+    for an architecture that is not known, since what feeds what is not known then.
     """
     models.find(architecture)
     folded = FoldedSource(source)

@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from edgeq import cache
 from edgeq.chat import ChatTemplate, encode_chat, from_gguf
 from edgeq.divergence import likelihood
-from edgeq.errors import FormatError, RequestError, ResourceError
+from edgeq.errors import FormatError, RequestError
 from edgeq.estimate import wilson
-from edgeq.text import printable
+from edgeq.text import printable, read_text
 
 if TYPE_CHECKING:
     from edgeq.engine import Model
@@ -87,12 +87,7 @@ def read(path: str | Path) -> list[Question]:
     Raises ResourceError when it cannot be read, FormatError naming file and line for a line that
     is no question.
     """
-    try:
-        lines = Path(path).read_text(encoding="utf-8").split("\n")
-    except OSError as error:
-        raise ResourceError(f"{path}: cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise FormatError(f"{path}: byte {error.start}: expected a UTF-8 text") from error
+    lines = read_text(path).split("\n")
     found = [_parse(line, f"{path}:{n}") for n, line in enumerate(lines, 1) if line.strip()]
     if not found:
         raise FormatError(f"{path}: no questions: expected one JSON object per line")

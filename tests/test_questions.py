@@ -46,6 +46,11 @@ def test_both_kinds_are_read(tmp_path: Path) -> None:
     ]
 
 
+def test_files_of_windows_are_read(tmp_path: Path) -> None:
+    (tmp_path / "q.jsonl").write_bytes(b'\xef\xbb\xbf{"question": "a", "answer": "b"}\r\n\r\n')
+    assert [(q.question, q.answers) for q in read(tmp_path / "q.jsonl")] == [("a", ("b",))]
+
+
 GOOD = {"question": "a", "answer": "b"}
 
 
@@ -81,7 +86,7 @@ def test_files_that_are_no_questions(tmp_path: Path) -> None:
     with pytest.raises(FormatError, match="no questions"):
         read(write(tmp_path / "empty.jsonl", ""))
     (tmp_path / "latin.jsonl").write_bytes(b'{"question": "\xe9"}')
-    with pytest.raises(FormatError, match="byte 14: expected a UTF-8 text"):
+    with pytest.raises(FormatError, match="line 1, byte 14: invalid .*: expected a UTF-8 text"):
         read(tmp_path / "latin.jsonl")
     with pytest.raises(ResourceError, match="No such file"):
         read(tmp_path / "none.jsonl")
