@@ -95,11 +95,7 @@ def read(path: str | Path) -> list[Question]:
 
 
 def _parse(line: str, where: str) -> Question:
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        reason = error.msg if isinstance(error, json.JSONDecodeError) else "nested too deeply"
-        raise FormatError(f"{where}: not JSON: {reason}") from error
+    record = _json(line, where)
     if not isinstance(record, dict):
         _refuse(where, "line", record, 'an object: {"question": ..., "answer": ...}')
     for key in record:
@@ -116,6 +112,24 @@ def _parse(line: str, where: str) -> Question:
     answers = _answers(record.get("answer"), choices, where)
     task = record.get("task", "questions")
     return Question(record["question"], answers, tuple(choices), task, where)
+
+
+def _json(line: str, where: str) -> Any:
+    try:
+        record = json.loads(line)
+        json.dumps(record, ensure_ascii=False).encode()
+    except json.JSONDecodeError as error:
+        raise FormatError(f"{where}: not JSON: {error.msg}") from error
+    except UnicodeEncodeError as error:
+        half = printable(error.object[error.start])
+        raise FormatError(
+            f"{where}: {half} is half of a pair: expected whole characters"
+        ) from error
+    except RecursionError as error:
+        raise FormatError(f"{where}: not JSON: nested too deeply") from error
+    except ValueError as error:
+        raise FormatError(f"{where}: not JSON: a number of thousands of digits") from error
+    return record
 
 
 def _answers(answer: Any, choices: Sequence[str], where: str) -> tuple[str, ...]:
