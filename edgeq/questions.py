@@ -122,9 +122,7 @@ def _json(line: str, where: str) -> Any:
         raise FormatError(f"{where}: not JSON: {error.msg}") from error
     except UnicodeEncodeError as error:
         half = printable(error.object[error.start])
-        raise FormatError(
-            f"{where}: {half} is half of a pair: expected whole characters"
-        ) from error
+        raise FormatError(f"{where}: {half} is half of a pair: expected characters") from error
     except RecursionError as error:
         raise FormatError(f"{where}: not JSON: nested too deeply") from error
     except ValueError as error:

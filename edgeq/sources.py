@@ -106,7 +106,7 @@ class CheckpointSource:
         _check_shapes(self.shapes, _expected_shapes(self._keys, config), self.path)
         self.files = checkpoint.files
         packed = (new for new, old in self._hf_names.items() if checkpoint.is_quantized(old))
-        self.quantized = dict.fromkeys(packed)
+        self.quantized: Mapping[str, BlockFormat | None] = dict.fromkeys(packed)
 
     def _names(self, checkpoint: Checkpoint) -> dict[str, str]:
         """GGUF name -> HF name of the tensors to store."""
@@ -194,7 +194,9 @@ class GgufSource:
         tensors = self._gguf.tensors
         self.shapes = {name: info.shape for name, info in tensors.items()}
         formats = {name: info.format for name, info in tensors.items()}
-        self.quantized = {name: fmt for name, fmt in formats.items() if fmt.value != "x"}
+        self.quantized: Mapping[str, BlockFormat | None] = {
+            name: fmt for name, fmt in formats.items() if fmt.value != "x"
+        }
         self.warnings = list(self._gguf.warnings)
 
     def metadata(self) -> dict[str, Any]:

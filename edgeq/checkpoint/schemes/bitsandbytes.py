@@ -74,7 +74,7 @@ class _FourBits:
         self._nested_block = self._size(values, "nested_blocksize", count)
         parts.need(self._nested, _FLOATS, (-(-scales // self._nested_block),))
         offset = values.get("nested_offset")
-        if type(offset) not in (int, float) or not abs(offset) <= _MAX_OFFSET:
+        if not isinstance(offset, int | float) or not abs(offset) <= _MAX_OFFSET:
             raise parts.error(state, f"nested_offset = {offset!r:.60}: expected a number")
         self._offset = np.float32(offset)
 
