@@ -1,6 +1,7 @@
 """From the rows of a source to the bytes of a file: what a method does with each tensor."""
 
 import dataclasses
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -51,6 +52,24 @@ class Encoder:
         if needs(self.method) == "hessian" and not self.statistics.knows(spec.name):
             return "search"
         return self.method
+
+    def uncovered(self, specs: Iterable[TensorSpec]) -> list[str]:
+        """A warning when the method has to leave matrices of the layers to another one.
+
+        Tables and experts never have a Hessian and do not count.
+        """
+        matrices = [
+            spec
+            for spec in specs
+            if spec.name.startswith("blk.") and len(spec.shape) == 2 and spec.format.value != "x"
+        ]
+        left = [spec.name for spec in matrices if self.method_for(spec) != self.method]
+        if not left:
+            return []
+        return [
+            f"no Hessian for {len(left)} of {len(matrices)} matrices of the layers, such as "
+            f"{left[0]}: they are left to search: calibrate the whole model"
+        ]
 
     def __call__(self, spec: TensorSpec, chunk: Chunk) -> Encoded:
         """Bytes of some rows of a tensor. Raises ModelError."""

@@ -85,13 +85,14 @@ def fold(
     statistics: Statistics,
     method: Scaler,
     formats: Mapping[str, BlockFormat],
+    architecture: str,
 ) -> FoldedSource:
     """The source with all folds that the method wants; statistics are scaled along.
 
-    Matrices without importance are left alone. Raises ModelError for an architecture that is not
-    known, since what feeds what is not known then.
+    architecture: as GGUF names it. Matrices without importance are left alone. Raises ModelError
+    for an architecture that is not known, since what feeds what is not known then.
     """
-    models.find(str(source.metadata()["general.architecture"]))
+    models.find(architecture)
     folded = FoldedSource(source)
     for pair in folds(source.shapes, source.model):
         importance = statistics.importance(pair.readers[0])

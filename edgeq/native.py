@@ -1,4 +1,7 @@
-"""The recipe that keeps what a source already is: integers on a grid of few bits."""
+"""The recipe that keeps what a source already is: blocks, or integers on a grid of few bits."""
+
+import math
+from collections import Counter
 
 import numpy as np
 from numpy.typing import NDArray
@@ -6,6 +9,7 @@ from numpy.typing import NDArray
 from edgeq import blocks
 from edgeq.blocks import BlockFormat
 from edgeq.grid import Grid, Ready
+from edgeq.recipe import recipes
 from edgeq.sources import Source
 
 __all__ = ["native_recipe", "ready"]
@@ -15,18 +19,31 @@ _ROWS = 64
 
 
 def native_recipe(source: Source) -> str | None:
-    """Recipe whose format has the integers of the first matrix exactly; None where none has.
+    """Recipe of the format that most matrices of the layers have, or of the integers that the first
+    one holds; None where none keeps them.
 
     Raises ModelError, ResourceError.
     """
-    names = [name for name in source.shapes if name in source.quantized]
-    names += [name for name, shape in source.shapes.items() if "attn_" in name and len(shape) == 2]
-    if not names:
-        return None
-    rows, cols = source.shapes[names[0]][-2:]
+    layers = [n for n, shape in source.shapes.items() if n.startswith("blk.") and len(shape) == 2]
+    quantized = [name for name in layers if name in source.quantized]
+    weights = Counter[str]()
+    for name in quantized:
+        fmt = source.quantized[name]
+        if fmt is not None:
+            weights[fmt.name] += math.prod(source.shapes[name])
+    if weights:
+        commonest = max(weights, key=weights.__getitem__)
+        return commonest if commonest in recipes() else None
+    tried = quantized or [name for name in layers if "attn_" in name]
+    return _of_integers(source, tried[0]) if tried else None
+
+
+def _of_integers(source: Source, name: str) -> str | None:
+    """Recipe whose format has the integers of a matrix exactly, judged by its first rows."""
+    rows, cols = source.shapes[name]
     some = min(-(-_ROWS // source.row_step) * source.row_step, rows)
-    grid = source.grid(names[0], 0, some)
-    w = source.read(names[0], 0, some) if grid is None else grid.values()
+    grid = source.grid(name, 0, some)
+    w = source.read(name, 0, some) if grid is None else grid.values()
     for recipe in _RECIPES:
         found = ready(blocks.get(recipe), w, grid)
         zeros = ~w.reshape(some, -1, 32).any(axis=2) if cols % 32 == 0 else np.False_

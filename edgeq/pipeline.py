@@ -153,8 +153,9 @@ def run(
         checks.outputs([path], _inputs(source, recipe, importance, hessians))
         specs = _specs(source, mixture, bool(known))
         warnings = weighted.missing([spec.name for spec in specs if spec.format.value != "x"])
+        warnings += encoder.uncovered(specs)
         same = identity(source, mixture.name, method, weighted.values, opened)
-        source = _folded(source, known, method, specs)
+        source = _folded(source, known, method, specs, metadata["general.architecture"])
         metadata |= _file_keys(mixture.file_type)
         with GgufWriter(path, metadata, specs, force=force, identity=same) as writer:
             work = _Work(source, encoder, writer, progress, sum(nbytes(spec) for spec in specs))
@@ -177,12 +178,15 @@ def run(
     )
 
 
-def _folded(source: Source, known: Statistics, method: str, specs: list[TensorSpec]) -> Source:
+def _folded(
+    source: Source, known: Statistics, method: str, specs: list[TensorSpec], architecture: str
+) -> Source:
     """The source as the method wants it scaled."""
     chosen = find(method)
     if not hasattr(chosen, "scales"):
         return source
-    return fold(source, known, cast(Scaler, chosen), {spec.name: spec.format for spec in specs})
+    formats = {spec.name: spec.format for spec in specs}
+    return fold(source, known, cast(Scaler, chosen), formats, str(architecture))
 
 
 def _file_keys(file_type: int) -> dict[str, Any]:

@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from edgeq import cache
 from edgeq.chat import ChatTemplate, encode_chat, from_gguf
 from edgeq.divergence import likelihood
-from edgeq.errors import FormatError, RequestError, ResourceError
+from edgeq.errors import FormatError, RequestError
 from edgeq.estimate import wilson
-from edgeq.text import printable
+from edgeq.text import printable, read_text
 
 if TYPE_CHECKING:
     from edgeq.engine import Model
@@ -87,12 +87,7 @@ def read(path: str | Path) -> list[Question]:
     Raises ResourceError when it cannot be read, FormatError naming file and line for a line that
     is no question.
     """
-    try:
-        lines = Path(path).read_text(encoding="utf-8").split("\n")
-    except OSError as error:
-        raise ResourceError(f"{path}: cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise FormatError(f"{path}: byte {error.start}: expected a UTF-8 text") from error
+    lines = read_text(path).split("\n")
     found = [_parse(line, f"{path}:{n}") for n, line in enumerate(lines, 1) if line.strip()]
     if not found:
         raise FormatError(f"{path}: no questions: expected one JSON object per line")
@@ -100,11 +95,7 @@ def read(path: str | Path) -> list[Question]:
 
 
 def _parse(line: str, where: str) -> Question:
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        reason = error.msg if isinstance(error, json.JSONDecodeError) else "nested too deeply"
-        raise FormatError(f"{where}: not JSON: {reason}") from error
+    record = _json(line, where)
     if not isinstance(record, dict):
         _refuse(where, "line", record, 'an object: {"question": ..., "answer": ...}')
     for key in record:
@@ -121,6 +112,22 @@ def _parse(line: str, where: str) -> Question:
     answers = _answers(record.get("answer"), choices, where)
     task = record.get("task", "questions")
     return Question(record["question"], answers, tuple(choices), task, where)
+
+
+def _json(line: str, where: str) -> Any:
+    try:
+        record = json.loads(line)
+        json.dumps(record, ensure_ascii=False).encode()
+    except json.JSONDecodeError as error:
+        raise FormatError(f"{where}: not JSON: {error.msg}") from error
+    except UnicodeEncodeError as error:
+        half = printable(error.object[error.start])
+        raise FormatError(f"{where}: {half} is half of a pair: expected characters") from error
+    except RecursionError as error:
+        raise FormatError(f"{where}: not JSON: nested too deeply") from error
+    except ValueError as error:
+        raise FormatError(f"{where}: not JSON: a number of thousands of digits") from error
+    return record
 
 
 def _answers(answer: Any, choices: Sequence[str], where: str) -> tuple[str, ...]:

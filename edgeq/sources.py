@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -37,7 +37,8 @@ class Source(Protocol):
     model: Model
     row_step: int  # rows that only make sense together: chunks are multiples of it
     warnings: list[str]
-    quantized: frozenset[str]  # tensors that are no floats: to quantize them again adds errors
+    # Tensors that are no floats, and their format (None if foreign): quantizing again adds errors.
+    quantized: Mapping[str, BlockFormat | None]
 
     def metadata(self) -> dict[str, Any]:
         """Metadata of the file to write, except format and file type. Raises EdgeqError."""
@@ -104,9 +105,8 @@ class CheckpointSource:
         self.row_step = _head_dim(self._keys)
         _check_shapes(self.shapes, _expected_shapes(self._keys, config), self.path)
         self.files = checkpoint.files
-        self.quantized = frozenset(
-            new for new, old in self._hf_names.items() if checkpoint.is_quantized(old)
-        )
+        packed = (new for new, old in self._hf_names.items() if checkpoint.is_quantized(old))
+        self.quantized: Mapping[str, BlockFormat | None] = dict.fromkeys(packed)
 
     def _names(self, checkpoint: Checkpoint) -> dict[str, str]:
         """GGUF name -> HF name of the tensors to store."""
@@ -193,7 +193,10 @@ class GgufSource:
             stack.pop_all()
         tensors = self._gguf.tensors
         self.shapes = {name: info.shape for name, info in tensors.items()}
-        self.quantized = frozenset(n for n, info in tensors.items() if info.format.value != "x")
+        formats = {name: info.format for name, info in tensors.items()}
+        self.quantized: Mapping[str, BlockFormat | None] = {
+            name: fmt for name, fmt in formats.items() if fmt.value != "x"
+        }
         self.warnings = list(self._gguf.warnings)
 
     def metadata(self) -> dict[str, Any]:

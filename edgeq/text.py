@@ -1,6 +1,33 @@
-"""Text that comes from a file, made safe to show on a terminal, in a log or in an error."""
+"""Text that comes from a file: read, and made safe to show on a terminal or in an error."""
 
-__all__ = ["printable"]
+from pathlib import Path
+
+from edgeq.errors import FormatError, ResourceError
+
+__all__ = ["printable", "read_text"]
+
+
+def read_text(path: Path | str) -> str:
+    """Content of a UTF-8 file without a byte order mark; line ends stay what they are.
+
+    Raises ResourceError when it cannot be read, FormatError when it is not UTF-8.
+
+    >>> read_text("no-such.txt")
+    Traceback (most recent call last):
+        ...
+    edgeq.errors.ResourceError: no-such.txt: cannot be read: No such file or directory
+    """
+    try:
+        data = Path(path).read_bytes()
+    except OSError as error:
+        raise ResourceError(f"{path}: cannot be read: {error.strerror}") from error
+    try:
+        return data.decode("utf-8").removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise FormatError(
+            f"{path}: line {line}, byte {error.start}: {error.reason}: expected a UTF-8 text"
+        ) from error
 
 
 def printable(text: object, limit: int = 80) -> str:

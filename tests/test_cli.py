@@ -15,6 +15,7 @@ from shell import CHECKPOINT, ROOT, Screen, edgeq
 
 from edgeq import blocks
 from edgeq.cli import _terminal
+from edgeq.cli.convert import Size
 from edgeq.gguf import GgufWriter, TensorSpec
 
 
@@ -160,6 +161,7 @@ def test_convert_and_its_report(tmp_path: Path) -> None:
     path = Path(report["file"])
     assert path == tmp_path / "tiny-home-F16.gguf"
     assert report["size"] == path.stat().st_size
+    assert report["why"] == ""  # it was asked for
     assert report["bits_per_weight"] == pytest.approx(16, abs=0.1)
     assert result.stderr == ""  # no progress bar for a pipe
     again = edgeq("convert", CHECKPOINT, "-o", tmp_path, "-t", "F16")
@@ -174,6 +176,34 @@ def test_convert_refuses_what_it_does_not_know(tmp_path: Path) -> None:
     assert result.exit_code == 2
     assert "Q4_K_M" in result.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("600000", 600_000),
+        ("600KB", 600_000),
+        ("600kb", 600_000),
+        ("600kib", 600 * 1024),
+        ("600mb", 600_000_000),
+        ("1.5 MiB", 3 << 19),
+        ("2GB", 2_000_000_000),
+        ("2gib", 2 << 30),
+        ("1T", 10**12),
+    ],
+)
+def test_sizes_in_every_spelling(text: str, size: int) -> None:
+    assert Size().convert(text, None, None) == size
+
+
+@pytest.mark.parametrize(
+    "text", ["9" * 400, "1e9", "-1MB", "0", "0.1", "1PB", "MB", "\u0663MB", "4iB"]
+)
+def test_sizes_that_are_none(text: str) -> None:
+    result = edgeq("convert", CHECKPOINT, "--size", text)
+    assert result.exit_code == 2
+    assert "expected" in result.stderr
+    assert len(result.stderr) < 300
 
 
 def test_convert_names_the_flag_that_allows_quantizing_twice(tmp_path: Path) -> None:

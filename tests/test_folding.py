@@ -55,7 +55,8 @@ def test_the_model_computes_the_same(
     source = open_source(path)
     known, chosen = Statistics(importance(source, rng)), find(method)
     formats = {name: blocks.get("Q4_0") for name in source.shapes}
-    folded = fold(source, known, chosen, formats)  # type: ignore[arg-type]
+    architecture = source.metadata()["general.architecture"]
+    folded = fold(source, known, chosen, formats, architecture)  # type: ignore[arg-type]
     changed = write(folded, tmp_path / "folded.gguf")
     source.close()
     ids = [1, 5, 9, 30, 2, 44, 17]
@@ -80,6 +81,15 @@ def write(source: FoldedSource, path: Path) -> Path:
             rows = spec.shape[0] if len(spec.shape) > 1 else 1
             writer.write(spec.name, np.ascontiguousarray(source.read(spec.name, 0, rows)))
     return path
+
+
+def test_warnings_of_the_source_are_given_once(rng: np.random.Generator, tmp_path: Path) -> None:
+    path = checkpoint(tmp_path / "model", WIDE)
+    source = open_source(path)
+    weights = importance(source, rng)
+    source.close()
+    report = run(path, tmp_path / "o.gguf", "Q4_0", method="smoothquant", importance=weights)
+    assert len([warning for warning in report.warnings if "no tokenizer" in warning]) == 1
 
 
 def test_statistics_follow_the_columns(rng: np.random.Generator) -> None:

@@ -1,6 +1,11 @@
 """The GGUF writer: everything comes back, and what GGUF cannot hold is refused."""
 
+import errno
+import itertools
+import os
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +18,8 @@ from hypothesis import strategies as st
 from rawgguf import check_equal
 
 from edgeq import blocks
-from edgeq.errors import FormatError
-from edgeq.gguf import GgufWriter, TensorSpec, open_gguf
+from edgeq.errors import FormatError, ResourceError
+from edgeq.gguf import GgufWriter, TensorSpec, open_gguf, partfile
 
 METADATA = {
     "general.architecture": "tiny",
@@ -221,3 +226,43 @@ def test_parts_that_make_no_tensor(sizes: list[int], message: str, tmp_path: Pat
     with pytest.raises(FormatError, match=message):
         write()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_no_error_of_a_background_flush_is_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two threads want a flush while one is under way; the second one fails."""
+    calls, go = itertools.count(), threading.Event()
+
+    def flush(fd: int) -> None:
+        call = next(calls)
+        if call == 0:
+            go.wait(10)
+        if call == 1:
+            raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(partfile, "_SYNC_EVERY", 1)
+    monkeypatch.setattr(os, "fdatasync", flush, raising=False)
+    file = partfile.PartFile(tmp_path / "x", 64)
+    failed: list[ResourceError] = []
+
+    def attempt(work: Callable[[], None]) -> None:
+        try:
+            work()
+        except ResourceError as error:
+            failed.append(error)
+
+    def write() -> None:
+        file.pwrite(8, memoryview(bytes(8)))
+
+    attempt(write)
+    threads = [threading.Thread(target=attempt, args=[write]) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    time.sleep(0.1)  # both are waiting for the first flush
+    go.set()
+    for thread in threads:
+        thread.join()
+    attempt(file.sync)
+    file.abort()
+    assert [str(error).split(": ")[1] for error in failed] == ["cannot be written"]

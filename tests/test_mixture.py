@@ -1,5 +1,6 @@
 """Recipes made to fit a size."""
 
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -181,6 +182,20 @@ def test_gptq_says_which_matrices_it_left_to_search(tmp_path: Path) -> None:
     assert methods[loud] == "gptq"
     assert methods["token_embd.weight"] == "search"
     assert sorted(set(methods.values())) == ["gptq", "rtn", "search"]
+    said = [warning for warning in report.warnings if "Hessian" in warning]
+    assert len(said) == 1
+    assert said[0].startswith("no Hessian for 13 of 14 matrices of the layers, such as blk.0.attn_")
+
+
+def test_hessians_of_all_layers_need_no_warning(tmp_path: Path) -> None:
+    source = write_checkpoint(tmp_path / "model", WIDE)
+    with contextlib.closing(open_source(source)) as opened:
+        names = {n: shape[-1] for n, shape in opened.shapes.items() if len(shape) == 2}
+    blocks_only = {(n,): np.eye(k, dtype=np.float32) for n, k in names.items() if n[:4] == "blk."}
+    hessian.write(tmp_path / "h.gguf", blocks_only, tokens=1)
+    report = run(source, tmp_path / "o.gguf", "Q4_0", method="gptq", hessians=tmp_path / "h.gguf")
+    assert {t.name: t.method for t in report.tensors}["token_embd.weight"] == "search"
+    assert not any("Hessian" in warning for warning in report.warnings)
     hessian.write(
         tmp_path / "x.gguf", {("blk.7.x.weight",): np.eye(512, dtype=np.float32)}, tokens=1
     )
@@ -227,8 +242,9 @@ def test_command_line(tmp_path: Path) -> None:
     assert (tmp_path / "p.gguf").read_bytes() == out.read_bytes()
     here = edgeq("convert", source, "-o", tmp_path / "q.gguf", "--save-recipe", recipe)
     assert (here.exit_code, "mine.toml: exists already" in here.stderr) == (2, True)
-    plain = edgeq("convert", source, "-o", tmp_path / "q.gguf")
+    plain = edgeq("convert", source, "-o", tmp_path / "q.gguf", "--json")
     assert "Q4_K_M: 4 bits" in plain.stderr
+    assert json.loads(plain.stdout)["why"].startswith("Q4_K_M: 4 bits")
     wrong = edgeq("convert", source, "--size", "big")
     assert (wrong.exit_code, "'big': expected a number of bytes" in wrong.stderr) == (2, True)
     shown = edgeq("convert", "--help").stdout

@@ -8,12 +8,14 @@ import pytest
 from numpy.typing import NDArray
 from tiny_checkpoint import CONFIG, bf16, f32, random_weights, write_checkpoint, write_safetensors
 
-from edgeq import blocks
+from edgeq import blocks, quantize
 from edgeq.errors import ModelError
-from edgeq.gguf import open_gguf
+from edgeq.gguf import GgufWriter, TensorSpec, open_gguf
 from edgeq.models import llama
+from edgeq.native import native_recipe
 from edgeq.pipeline import convert, run
 from edgeq.quantizers.search.lattice import find_grid
+from edgeq.sources import open_source
 
 WIDE = {**CONFIG, "hidden_size": 256, "intermediate_size": 512}
 
@@ -157,6 +159,49 @@ def test_other_formats_are_quantized_again_with_a_warning(source: Path, tmp_path
         found = blocks.decode(two.tensor("blk.0.ffn_up.weight"), "Q2_K")
     error = np.sqrt(np.mean((found - w) ** 2) / np.mean(w**2))
     assert 0.05 < error < 0.4
+
+
+def rewritten(path: Path, source: Path, formats: dict[str, str], rng: np.random.Generator) -> Path:
+    """The same model with random weights, by endings of names in other formats than F32."""
+    with open_gguf(source) as file:
+        metadata = file.typed_metadata()
+        shapes = {name: info.shape for name, info in file.tensors.items()}
+    found = {
+        name: next((fmt for end, fmt in formats.items() if name.endswith(end)), "F32")
+        for name in shapes
+    }
+    specs = [TensorSpec(name, shapes[name], blocks.get(found[name])) for name in shapes]
+    with GgufWriter(path, metadata, specs) as writer:
+        for spec in specs:
+            w = rng.standard_normal(spec.shape).astype(np.float32)
+            packed = quantize(np.atleast_2d(w), found[spec.name], method="rtn")
+            writer.write(spec.name, w if found[spec.name] == "F32" else packed)
+    return path
+
+
+def test_the_layers_decide_which_recipe_keeps_a_file(
+    source: Path, tmp_path: Path, rng: np.random.Generator
+) -> None:
+    """As files made elsewhere: the table comes first and is the only tensor in Q6_K."""
+    matrices = dict.fromkeys(("attn_q.weight", "attn_output.weight", "ffn_up.weight"), "Q4_0")
+    others = {"attn_v.weight": "Q8_0", "token_embd.weight": "Q6_K"}
+    path = rewritten(tmp_path / "mixed.gguf", source, {**others, **matrices}, rng)
+    report = run(path, tmp_path / "again.gguf", allow_requantize=True)
+    assert report.recipe == "Q4_0"
+    assert report.why.startswith("Q4_0: ")
+    assert {"blk.0.attn_q.weight", "blk.1.ffn_up.weight"} <= {
+        tensor.name for tensor in report.tensors if tensor.kept
+    }
+
+
+def test_a_quantized_vector_says_nothing(
+    source: Path, tmp_path: Path, rng: np.random.Generator
+) -> None:
+    path = rewritten(tmp_path / "vector.gguf", source, {"norm.weight": "Q8_0"}, rng)
+    opened = open_source(path, allow_requantize=True)
+    assert len(opened.quantized) > 1
+    assert native_recipe(opened) is None
+    opened.close()
 
 
 def test_damaged_block_is_not_copied(source: Path, tmp_path: Path) -> None:

@@ -46,6 +46,16 @@ def test_both_kinds_are_read(tmp_path: Path) -> None:
     ]
 
 
+def test_pairs_of_escapes_are_whole_characters(tmp_path: Path) -> None:
+    path = write(tmp_path / "q.jsonl", r'{"question": "\ud83d\ude00", "answer": "b"}')
+    assert [question.question for question in read(path)] == ["\U0001f600"]
+
+
+def test_files_of_windows_are_read(tmp_path: Path) -> None:
+    (tmp_path / "q.jsonl").write_bytes(b'\xef\xbb\xbf{"question": "a", "answer": "b"}\r\n\r\n')
+    assert [(q.question, q.answers) for q in read(tmp_path / "q.jsonl")] == [("a", ("b",))]
+
+
 GOOD = {"question": "a", "answer": "b"}
 
 
@@ -54,6 +64,10 @@ GOOD = {"question": "a", "answer": "b"}
     [
         ("{", "not JSON"),
         ("[" * 100_000, "not JSON: nested too deeply"),
+        ('{"question": "a", "answer": ' + "1" * 5000 + "}", "thousands of digits"),
+        ({"question": "a\ud800", "answer": "b"}, r"\\ud800 is half of a pair"),
+        ({"question": "a", "answer": ["b", "\udc00"]}, r"\\udc00 is half of a pair"),
+        ({**GOOD, "task": "\udfff"}, r"\\udfff is half of a pair"),
         ("[1]", r"line = \[1\]: expected an object"),
         ({"answer": "b"}, "question missing: expected a text"),
         ({"question": " ", "answer": "b"}, "question = .*: expected a text that is not empty"),
@@ -81,7 +95,7 @@ def test_files_that_are_no_questions(tmp_path: Path) -> None:
     with pytest.raises(FormatError, match="no questions"):
         read(write(tmp_path / "empty.jsonl", ""))
     (tmp_path / "latin.jsonl").write_bytes(b'{"question": "\xe9"}')
-    with pytest.raises(FormatError, match="byte 14: expected a UTF-8 text"):
+    with pytest.raises(FormatError, match=r"line 1, byte 14: invalid .*: expected a UTF-8 text"):
         read(tmp_path / "latin.jsonl")
     with pytest.raises(ResourceError, match="No such file"):
         read(tmp_path / "none.jsonl")

@@ -27,10 +27,11 @@ from edgeq.calibration.sums import Outer
 from edgeq.calibration.work import Progress, Settings, Work, collect
 from edgeq.checkpoint import open_checkpoint
 from edgeq.engine import Model, load
-from edgeq.errors import FormatError, RequestError, ResourceError
+from edgeq.errors import RequestError, ResourceError
 from edgeq.gguf import GgufWriter, open_gguf
 from edgeq.imatrix import Imatrix, dat
 from edgeq.resume import program
+from edgeq.text import read_text
 
 __all__ = ["DEFAULT_CONTEXT", "Report", "Settings", "collect", "run", "save"]
 
@@ -77,7 +78,7 @@ def run(
     Raises RequestError for text, settings and an output that is an input, ResourceError (disk,
     memory, `out` exists and not `force`), FormatError and ModelError for the model.
     """
-    started, out, content = time.monotonic(), Path(out), _read_text(Path(text))
+    started, out, content = time.monotonic(), Path(out), read_text(text)
     settings = dataclasses.replace(settings or Settings(), hessians=hessian_out is not None)
     identity = _identity(Path(model), Path(text), settings)
     inputs = [("model", file) for file in _files(Path(model))]
@@ -145,15 +146,6 @@ def _refuse_existing(path: Path | str | None, force: bool) -> None:
     """Say so now, not after hours."""
     if path is not None and not force and os.path.lexists(path):
         raise ResourceError(f"{path}: exists already: use force to replace it")
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_bytes().decode()
-    except UnicodeDecodeError as error:
-        raise FormatError(f"{path}: byte {error.start} is not UTF-8: expected a text") from error
-    except OSError as error:
-        raise ResourceError(f"{path}: cannot be read: {error.strerror}") from error
 
 
 def _identity(model: Path, text: Path, settings: Settings) -> dict[str, object]:

@@ -12,7 +12,7 @@ import click
 
 from edgeq.cli._progress import bar
 from edgeq.cli._terminal import Status, harmless, is_terminal, note
-from edgeq.cli._text import read_text
+from edgeq.text import read_text
 
 if TYPE_CHECKING:
     from rich.table import Table

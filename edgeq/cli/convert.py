@@ -16,19 +16,25 @@ if TYPE_CHECKING:
     from edgeq.pipeline import ConversionReport
 
 _STARTING = "starting (first use compiles)"
+_SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*(?:([kmgt])(i?))?b?", re.IGNORECASE)
+_MAX_SIZE = 1 << 60  # bytes; more than any disk has
 
 
 class Size(click.ParamType):  # type: ignore[type-arg]
-    """Bytes: 600MB, 1.5GiB, or a plain number."""
+    """Bytes: 600MB, 1.5GiB, or a plain number; in capitals or not."""
 
     name = "size"
 
     def convert(self, value: Any, param: Any, ctx: Any) -> int:
-        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:([kMGT]?)(i?)B?)", str(value))
+        match = _SIZE.fullmatch(str(value).strip())
         if match is None:
-            self.fail(f"{value!r}: expected a number of bytes, as 600MB or 1.5GiB", param, ctx)
+            self.fail(f"{value!r:.60}: expected a number of bytes, as 600MB or 1.5GiB", param, ctx)
         number, prefix, binary = match.groups()
-        return int(float(number) * (1024 if binary else 1000) ** " kMGT".index(prefix or " "))
+        power = ("", "k", "m", "g", "t").index((prefix or "").lower())
+        size = float(number) * (1024 if binary else 1000) ** power
+        if not 1 <= size <= _MAX_SIZE:
+            self.fail(f"{value!r:.60}: expected 1 byte to {human(_MAX_SIZE)}", param, ctx)
+        return int(size)
 
 
 class _Convert(click.Command):
@@ -199,6 +205,7 @@ def _document(report: "ConversionReport") -> dict[str, object]:
     return {
         "file": str(report.path),
         "recipe": report.recipe,
+        "why": report.why,
         "size": report.nbytes,
         "bits_per_weight": round(report.bits_per_weight, 4),
         "relative_rmse": round(report.relative_rmse, 6),

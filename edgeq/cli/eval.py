@@ -10,8 +10,8 @@ import click
 from edgeq.cli._options import kv_options
 from edgeq.cli._progress import bar
 from edgeq.cli._terminal import Status, harmless
-from edgeq.cli._text import read_text
 from edgeq.errors import RequestError
+from edgeq.text import read_text
 
 if TYPE_CHECKING:
     from rich.table import Table

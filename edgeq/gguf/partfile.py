@@ -16,6 +16,7 @@ import stat
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from threading import Lock
 
 from edgeq.errors import ResourceError
 from edgeq.gguf.journal import Checksum, Journal, identity_of
@@ -58,6 +59,7 @@ class PartFile:
         self._unsynced = 0
         self._syncer = ThreadPoolExecutor(1, thread_name_prefix="edgeq-sync")  # starts when needed
         self._syncing: Future[None] | None = None
+        self._sync_lock = Lock()
         self._refuse_existing()
         self._fd = self._open()
         try:
@@ -71,12 +73,7 @@ class PartFile:
         with _reported(self.part):
             for start in range(0, len(data), _PIECE):
                 _write_all(self._fd, data[start : start + _PIECE], offset + start)
-            self._unsynced += len(data)
-            if self._unsynced >= _SYNC_EVERY:
-                self._unsynced = 0
-                self._wait_for_sync()
-                flush = getattr(os, "fdatasync", os.fsync)  # macOS has fsync only
-                self._syncing = self._syncer.submit(flush, self._fd)
+            self._count(len(data))
 
     def pread(self, offset: int, size: int) -> bytes:
         """`size` bytes at `offset`, as the file holds them."""
@@ -105,7 +102,8 @@ class PartFile:
     def sync(self) -> None:
         """Wait until everything written is on the disk."""
         with _reported(self.part):
-            self._wait_for_sync()
+            with self._sync_lock:
+                self._wait_for_sync()
             os.fsync(self._fd)
 
     def commit(self) -> None:
@@ -130,6 +128,16 @@ class PartFile:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(self.part)
         self._close()
+
+    def _count(self, written: int) -> None:
+        """Start a flush in the background after so many bytes; one at a time."""
+        with self._sync_lock:
+            self._unsynced += written
+            if self._unsynced >= _SYNC_EVERY:
+                self._unsynced = 0
+                self._wait_for_sync()
+                flush = getattr(os, "fdatasync", os.fsync)  # macOS has fsync only
+                self._syncing = self._syncer.submit(flush, self._fd)
 
     def _wait_for_sync(self) -> None:
         """Until the last flush in the background is done. Raises its OSError."""

@@ -27,6 +27,7 @@ METHODS = ("bitsandbytes",)
 _STATE = ".quant_state.bitsandbytes__"
 _FLOATS = ("F32", "F16", "BF16")
 _MAX_STATE = 1 << 16  # bytes of JSON
+_MAX_OFFSET = 1e38  # a float32; JSON has integers of any size, and NaN
 
 
 def find(parts: Parts, settings: Mapping[str, Any]) -> dict[str, Packed]:
@@ -56,13 +57,13 @@ class _FourBits:
         if len(sizes) != 2 or not all(type(size) is int and size > 0 for size in sizes):
             raise parts.error(state, f"shape = {shape!r:.60}: expected two whole numbers")
         self.shape = (sizes[0], sizes[1])
-        self._block = self._size(values, "blocksize")
         tensor = parts.tensors.get(weight)
         count = math.prod(self.shape)
         if tensor is None or tensor.nbytes != -(-count // 2):
             nbytes = None if tensor is None else tensor.nbytes
             raise parts.error(weight, f"{nbytes} bytes: expected {-(-count // 2)} for {self.shape}")
         parts.need(self._map, _FLOATS, (16,))
+        self._block = self._size(values, "blocksize", count)
         scales = -(-count // self._block)
         self._double = self._nested in parts
         if not self._double:
@@ -70,10 +71,10 @@ class _FourBits:
             return
         parts.need(self._absmax, ("U8",), (scales,))
         parts.need(self._nested_map, _FLOATS, (256,))
-        self._nested_block = self._size(values, "nested_blocksize")
+        self._nested_block = self._size(values, "nested_blocksize", count)
         parts.need(self._nested, _FLOATS, (-(-scales // self._nested_block),))
         offset = values.get("nested_offset")
-        if not isinstance(offset, int | float) or not math.isfinite(offset):
+        if not isinstance(offset, int | float) or not abs(offset) <= _MAX_OFFSET:
             raise parts.error(state, f"nested_offset = {offset!r:.60}: expected a number")
         self._offset = np.float32(offset)
 
@@ -87,10 +88,12 @@ class _FourBits:
             raise self._parts.error(self._state, "expected a JSON object")
         return values
 
-    def _size(self, values: dict[str, Any], key: str) -> int:
+    def _size(self, values: dict[str, Any], key: str, count: int) -> int:
+        """A size of blocks, at most `count`: whole blocks are held in memory."""
         value = values.get(key)
-        if type(value) is not int or value < 1:
-            raise self._parts.error(self._state, f"{key} = {value!r:.60}: expected at least 1")
+        if type(value) is not int or not 1 <= value <= count:
+            problem = f"{key} = {value!r:.60}: expected 1 to {count}, the number of weights"
+            raise self._parts.error(self._state, problem)
         return value
 
     def check(self) -> None:

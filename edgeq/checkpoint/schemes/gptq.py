@@ -26,13 +26,13 @@ _OFFSETS = {"gptq": 1, "gptq_v2": 0}  # to add to stored zero points
 def find(parts: Parts, settings: Mapping[str, Any]) -> dict[str, "_Packed"]:
     """See `Scheme.find`."""
     kind = "marlin" if settings.get("is_marlin_format") else settings.get("checkpoint_format")
-    if kind is not None and kind not in _OFFSETS:
+    if kind is not None and (not isinstance(kind, str) or kind not in _OFFSETS):
         raise ModelError(
             f"config.json: checkpoint_format = {kind!r:.60}: expected gptq or gptq_v2: convert the "
             "original checkpoint"
         )
     bits, offset = settings.get("bits", 4), _OFFSETS[kind or "gptq"]
-    if bits not in _BITS:
+    if type(bits) is not int or bits not in _BITS:
         raise ModelError(f"config.json: bits = {bits!r:.60}: expected one of 2, 3, 4, 8")
     ends = ".qweight"
     bases = [name.removesuffix(ends) for name in parts.tensors if name.endswith(ends)]
