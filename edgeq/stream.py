@@ -1,5 +1,6 @@
 """Rows of a source on their way to a file: threads read, encode and compare some at a time."""
 
+import contextlib
 import math
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
@@ -13,6 +14,7 @@ from edgeq import blocks
 from edgeq.blocks import BlockFormat
 from edgeq.gguf import TensorSpec
 from edgeq.grid import Grid
+from edgeq.quantizers import single_blas
 from edgeq.sources import Source
 
 __all__ = ["Chunk", "Encoded", "Part", "Sample", "matrix", "nbytes", "parts"]
@@ -65,17 +67,17 @@ def parts(
         for spec in specs
         for start, stop in _ranges(spec.shape, source.row_step)
     )
-    pool = ThreadPoolExecutor(threads, thread_name_prefix="edgeq-quantize")
     waiting: deque[Future[Part]] = deque()
-    try:
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(single_blas())
+        pool = ThreadPoolExecutor(threads, thread_name_prefix="edgeq-quantize")
+        stack.callback(pool.shutdown, cancel_futures=True)
         for step in steps:
             if len(waiting) == threads + _AHEAD:
                 yield waiting.popleft().result()
             waiting.append(pool.submit(work, *step))
         while waiting:
             yield waiting.popleft().result()
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 def _read(source: Source, spec: TensorSpec, start: int, stop: int) -> Chunk:
