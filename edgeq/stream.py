@@ -60,7 +60,8 @@ def parts(
     def work(spec: TensorSpec, start: int, stop: int) -> Part:
         chunk = _read(source, spec, start, stop)
         encoded = encode(spec, chunk)
-        return Part(stop, encoded, Sample.of(chunk.w, encoded.packed, spec.format))
+        factors = source.factors(spec.name, start, stop)
+        return Part(stop, encoded, Sample.of(chunk.w, encoded.packed, spec.format, factors))
 
     steps = (
         (spec, start, stop)
@@ -117,16 +118,25 @@ class Sample(NamedTuple):
 
     @classmethod
     def of(
-        cls, w: NDArray[np.float32] | None, packed: NDArray[np.uint8], fmt: BlockFormat
+        cls,
+        w: NDArray[np.float32] | None,
+        packed: NDArray[np.uint8],
+        fmt: BlockFormat,
+        factors: NDArray[np.float32] | None = None,
     ) -> "Sample":
-        """Compare some rows of w [n, cols] with packed [n, row_bytes]; None: they are the same."""
+        """Compare some rows of w [n, cols] with packed [n, row_bytes]; None: they are the same.
+
+        factors: what the model's own weights were multiplied by. Errors are those of the latter.
+        """
         some = slice(None, None, max(len(packed) // _SAMPLED_ROWS, 1))
         w = blocks.decode(packed[some], fmt) if w is None else w[some]
-        exact = w.astype(np.float64)
-        square = float(np.square(exact).sum())
+        exact, unit = w.astype(np.float64), np.ones(1)
+        if factors is not None:
+            unit = 1 / np.broadcast_to(factors, (len(packed), w.shape[1]))[some].astype(np.float64)
+        square = float(np.square(exact * unit).sum())
         if fmt.name == "F32":
             return cls(0.0, square, exact.size)
-        error = float(np.square(blocks.decode(packed[some], fmt) - exact).sum())
+        error = float(np.square((blocks.decode(packed[some], fmt) - exact) * unit).sum())
         return cls(error, square, exact.size)
 
     def plus(self, other: "Sample") -> "Sample":

@@ -79,7 +79,7 @@ class Hessian:
         raise RequestError(f"{self._name}: not positive semidefinite: collect it again")
 
 
-def _invert_lower(lower: NDArray[np.float64]) -> None:
+def _invert_lower(lower: NDArray[np.floating[Any]]) -> None:
     """Invert a lower triangular matrix [n, n] in place, half by half: a quarter of the work that
     a general inverse takes, and no copies.
     """
