@@ -11,8 +11,10 @@ from edgeq import blocks
 from edgeq.blocks import BlockFormat
 from edgeq.errors import RequestError
 from edgeq.gguf import GgufWriter, TensorSpec
+from edgeq.gguf.layout import alignment_of
 from edgeq.mixture import (
     OUTLIER_FORMATS,
+    OUTLIER_SHARE,
     Progress,
     aligned_bytes,
     measure,
@@ -102,8 +104,13 @@ def choose(
             return mixture, why
         return _promoted(source, mixture, statistics, threads, progress), why
     candidates = {name: _fitting(shape[-1]) for name, shape in _matrices(source).items()}
-    choices = measure(source, statistics, candidates, threads=threads, progress=progress)
+    alignment = alignment_of(metadata)
+    choices = measure(
+        source, statistics, candidates, alignment=alignment, threads=threads, progress=progress
+    )
     budget = _budget(source, target, metadata)
+    if target.outliers:  # what they will take is left free
+        budget = int(budget / (1 + OUTLIER_SHARE))
     chosen = {name: choice.format.name for name, choice in solve(choices, budget).items()}
     if target.outliers:
         chosen = {name: c.format.name for name, c in promote(choices, chosen).items()}
@@ -131,9 +138,14 @@ def _budget(source: Source, target: Target, metadata: Mapping[str, Any]) -> int:
         rest = sum(math.prod(s) for name, s in source.shapes.items() if name not in matrices)
         return int(target.bpw * weights / 8) - rest * 4
     assert target.size is not None
+    alignment = alignment_of(metadata)
     specs = [TensorSpec(name, shape, f32) for name, shape in source.shapes.items()]
     whole = GgufWriter("size.gguf", metadata, specs).nbytes  # nothing is written
-    return target.size - whole + sum(aligned_bytes(shape, f32) for shape in matrices.values())
+    return (
+        target.size
+        - whole
+        + sum(aligned_bytes(shape, f32, alignment) for shape in matrices.values())
+    )
 
 
 def _recipe(source: Source, chosen: Mapping[str, str], name: str, about: str) -> Recipe:

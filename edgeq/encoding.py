@@ -93,11 +93,11 @@ class Encoder:
         """Bytes [n, row_bytes] of rows w [n, cols] from row `start` on. Raises ModelError."""
         if spec.format.name == "F32":
             return np.ascontiguousarray(w).view(np.uint8)
-        weights = self.statistics.importance(spec.name)
-        if weights is not None and weights.ndim == 2:  # one row of weights for each expert
-            return self._experts(spec, start, w, weights)
         method, known = self.method_for(spec), self.statistics
         moments = known.hessian(spec.name) if needs(method) == "hessian" else None
+        weights = known.importance(spec.name) if moments is None else None
+        if weights is not None and weights.ndim == 2:  # one row of weights for each expert
+            return self._experts(spec, start, w, weights)
         try:
             return quantize(w, spec.format, weights, method, 1, moments)
         except RequestError as error:  # settings are checked: it is about the values

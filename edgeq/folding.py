@@ -65,14 +65,19 @@ class FoldedSource:
         touched = name in self._columns or name in self._rows
         return None if touched else self._source.grid(name, start, stop)
 
+    def factors(self, name: str, start: int, stop: int) -> Array | None:
+        """See `Source.factors`."""
+        rows, columns = self._rows.get(name), self._columns.get(name)
+        if rows is None:
+            return None if columns is None else columns[None]
+        # A vector is one long row.
+        one = rows[None] if len(self._source.shapes[name]) == 1 else rows[start:stop, None]
+        return one if columns is None else one * columns
+
     def read(self, name: str, start: int, stop: int) -> Array:
         """See `Source.read`."""
-        w = self._source.read(name, start, stop)
-        rows, columns = self._rows.get(name), self._columns.get(name)
-        if rows is not None:
-            # A vector is one long row.
-            w = w * (rows if len(self._source.shapes[name]) == 1 else rows[start:stop, None])
-        return w if columns is None else w * columns
+        w, factors = self._source.read(name, start, stop), self.factors(name, start, stop)
+        return w if factors is None else w * factors
 
 
 def _of_writer(pair: Fold, factors: Array) -> Array:

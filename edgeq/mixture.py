@@ -19,7 +19,7 @@ from edgeq import blocks
 from edgeq.blocks import BlockFormat
 from edgeq.errors import RequestError
 from edgeq.gguf.layout import DEFAULT_ALIGNMENT, aligned
-from edgeq.models.flow import RESIDUAL, TABLES, kind_of, sharing
+from edgeq.models.flow import HEADS, RESIDUAL, TABLES, kind_of, sharing
 from edgeq.quantizers import quantize
 from edgeq.recipe import Recipe, Rule, recipes
 from edgeq.sources import Source
@@ -31,6 +31,7 @@ Array = NDArray[np.float32]
 Progress = Callable[[int, int, str], None]
 
 SAMPLE = 1 << 16  # weights per matrix that are tried in every format
+PLACES = 8  # from which they come, at least
 OUTLIER_SHARE = 0.03  # how many bytes more `promote` may spend
 OUTLIER_FORMATS = ("Q8_0", "F16")
 
@@ -57,13 +58,15 @@ class _Error:
     power: float
 
 
-def aligned_bytes(shape: tuple[int, ...], fmt: BlockFormat) -> int:
-    """What a tensor takes in a file.
+def aligned_bytes(
+    shape: tuple[int, ...], fmt: BlockFormat, alignment: int = DEFAULT_ALIGNMENT
+) -> int:
+    """What a tensor takes in a file whose tensors start at multiples of `alignment` bytes.
 
     >>> aligned_bytes((1, 32), blocks.get("Q4_0"))
     32
     """
-    return aligned(math.prod(shape[:-1]) * blocks.row_bytes(fmt, shape[-1]), DEFAULT_ALIGNMENT)
+    return aligned(math.prod(shape[:-1]) * blocks.row_bytes(fmt, shape[-1]), alignment)
 
 
 def measure(
@@ -71,13 +74,14 @@ def measure(
     statistics: Statistics,
     candidates: Mapping[str, Sequence[BlockFormat]],
     *,
+    alignment: int = DEFAULT_ALIGNMENT,
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> dict[str, list[Choice]]:
     """Choices for every matrix, smallest first, from rows spread over it.
 
-    candidates: formats to try, by tensor name. Raises ModelError for weights that a format cannot
-    hold.
+    candidates: formats to try, by tensor name. alignment: of the file, bytes. Raises ModelError for
+    weights that a format cannot hold.
     """
     errors: dict[str, list[_Error]] = {}
     for done, (name, formats) in enumerate(candidates.items()):
@@ -87,7 +91,7 @@ def measure(
     losses = _losses(source, errors)
     result = {}
     for name, formats in candidates.items():
-        sizes = [aligned_bytes(source.shapes[name], fmt) for fmt in formats]
+        sizes = [aligned_bytes(source.shapes[name], fmt, alignment) for fmt in formats]
         result[name] = sorted(map(Choice, formats, sizes, losses[name]), key=lambda c: c.nbytes)
     return result
 
@@ -110,13 +114,16 @@ def _errors(
 
 
 def _sample(source: Source, name: str) -> tuple[Array, float]:
-    """Rows spread evenly over a matrix, and which share of it they are."""
+    """About SAMPLE weights in rows from some places of a matrix, and which share of it they are."""
     rows, cols = math.prod(source.shapes[name][:-1]), source.shapes[name][-1]
-    step = source.row_step
+    wanted = min(max(SAMPLE // cols, 1), rows)
+    # Heads are read whole where that decides the order of rows, but not tried whole.
+    step = source.row_step if kind_of(name) in HEADS else max(wanted // PLACES, 1)
     groups = max(rows // step, 1)
-    wanted = min(groups, max(SAMPLE // (cols * step), 8))
-    starts = [round(i * groups / wanted) * step for i in range(wanted)]
-    parts = [source.read(name, at, min(at + step, rows)) for at in starts]
+    places = min(groups, max(wanted // step, min(PLACES, wanted)))
+    each = max(min(wanted // places, step), 1)
+    starts = [round(i * groups / places) * step for i in range(places)]
+    parts = [source.read(name, at, min(at + step, rows))[:: step // each][:each] for at in starts]
     w = np.concatenate(parts)
     return w, len(w) / rows
 

@@ -49,7 +49,9 @@ class TensorReport:
     shape: tuple[int, ...]
     format: str
     nbytes: int
-    relative_rmse: float  # sqrt(sum (stored - w)^2 / sum w^2) over a sample of rows
+    # sqrt(sum (stored - w)^2 / sum w^2) over a sample of rows; where a method scaled w, both are
+    # scaled back
+    relative_rmse: float
     mean_square: float  # of the weights in that sample
     kept: bool = False  # the source's own integers, not quantized again
     method: str = "search"  # that quantized it

@@ -56,6 +56,9 @@ class Source(Protocol):
     def grid(self, name: str, start: int, stop: int) -> Grid | None:
         """Rows as integers, where the source has them. Raises as `read`."""
 
+    def factors(self, name: str, start: int, stop: int) -> NDArray[np.float32] | None:
+        """What rows of the model were multiplied by, [stop - start or 1, cols or 1], or None."""
+
     def close(self) -> None:
         """Let go of all files."""
 
@@ -172,6 +175,10 @@ class CheckpointSource:
         order = moved.astype(np.intp)[:, 0]
         return Grid(grid.q[order], grid.scale[order], grid.zero[order], grid.group)
 
+    def factors(self, name: str, start: int, stop: int) -> None:
+        """See `Source.factors`."""
+        return None
+
     def close(self) -> None:
         """See `Source.close`."""
         self._checkpoint.close()
@@ -243,6 +250,10 @@ class GgufSource:
 
     def grid(self, name: str, start: int, stop: int) -> None:
         """See `Source.grid`."""
+        return None
+
+    def factors(self, name: str, start: int, stop: int) -> None:
+        """See `Source.factors`."""
         return None
 
     def close(self) -> None:

@@ -34,7 +34,8 @@ class Statistics:
         self._importance = importance or {}
         self._hessians = hessians
         self._scales: dict[str, Array] = {}
-        self._ready: dict[str, Hessian] = {}
+        self._diagonals: dict[str, Array] = {}
+        self._ready: dict[str, Hessian] = {}  # the last ones asked for, the very last at the end
         self._lock = Lock()
 
     def __bool__(self) -> bool:
@@ -60,11 +61,22 @@ class Statistics:
         """
         known = self._importance.get(name)
         if known is None:
-            moments = None if self._hessians is None else self._hessians.get(name)
-            known = None if moments is None else np.ascontiguousarray(np.diagonal(moments))
+            known = self._diagonal(name)
         if known is None or name not in self._scales:
             return known
         return known / self._scales[name] ** 2
+
+    def _diagonal(self, name: str) -> Array | None:
+        """Of the Hessian of a matrix, read once for all that share it."""
+        if self._hessians is None or not self.knows(name):
+            return None
+        stored = self._hessians.weights[name]
+        with self._lock:
+            if stored not in self._diagonals:
+                moments = self._hessians.get(name)
+                assert moments is not None
+                self._diagonals[stored] = np.array(np.diagonal(moments))
+            return self._diagonals[stored]
 
     def moments(self, name: str) -> Array | None:
         """Mean of x x^T over the inputs x, float32 [cols, cols], or None.
@@ -92,14 +104,15 @@ class Statistics:
             return None
         key = name if name in self._scales else self._hessians.weights[name]
         with self._lock:
-            if key not in self._ready:
+            found = self._ready.pop(key, None)
+            if found is None:
                 moments = self.moments(name)
                 assert moments is not None
                 found = Hessian(moments, f"Hessian of {name}")
                 found.prepare()
-                # Threads work on neighbouring matrices: the one before may still be needed.
-                self._ready = {**dict(list(self._ready.items())[-1:]), key: found}
-            return self._ready[key]
+            # Threads work on neighbouring matrices: the one before may still be needed.
+            self._ready = {**dict(list(self._ready.items())[-1:]), key: found}
+            return found
 
     def check(self, shapes: Mapping[str, tuple[int, ...]], where: object) -> None:
         """Refuse Hessians of another model. Raises RequestError."""

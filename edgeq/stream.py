@@ -1,5 +1,6 @@
 """Rows of a source on their way to a file: threads read, encode and compare some at a time."""
 
+import contextlib
 import math
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
@@ -13,6 +14,7 @@ from edgeq import blocks
 from edgeq.blocks import BlockFormat
 from edgeq.gguf import TensorSpec
 from edgeq.grid import Grid
+from edgeq.quantizers import single_blas
 from edgeq.sources import Source
 
 __all__ = ["Chunk", "Encoded", "Part", "Sample", "matrix", "nbytes", "parts"]
@@ -58,24 +60,25 @@ def parts(
     def work(spec: TensorSpec, start: int, stop: int) -> Part:
         chunk = _read(source, spec, start, stop)
         encoded = encode(spec, chunk)
-        return Part(stop, encoded, Sample.of(chunk.w, encoded.packed, spec.format))
+        factors = source.factors(spec.name, start, stop)
+        return Part(stop, encoded, Sample.of(chunk.w, encoded.packed, spec.format, factors))
 
     steps = (
         (spec, start, stop)
         for spec in specs
         for start, stop in _ranges(spec.shape, source.row_step)
     )
-    pool = ThreadPoolExecutor(threads, thread_name_prefix="edgeq-quantize")
     waiting: deque[Future[Part]] = deque()
-    try:
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(single_blas())
+        pool = ThreadPoolExecutor(threads, thread_name_prefix="edgeq-quantize")
+        stack.callback(pool.shutdown, cancel_futures=True)
         for step in steps:
             if len(waiting) == threads + _AHEAD:
                 yield waiting.popleft().result()
             waiting.append(pool.submit(work, *step))
         while waiting:
             yield waiting.popleft().result()
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 def _read(source: Source, spec: TensorSpec, start: int, stop: int) -> Chunk:
@@ -115,16 +118,25 @@ class Sample(NamedTuple):
 
     @classmethod
     def of(
-        cls, w: NDArray[np.float32] | None, packed: NDArray[np.uint8], fmt: BlockFormat
+        cls,
+        w: NDArray[np.float32] | None,
+        packed: NDArray[np.uint8],
+        fmt: BlockFormat,
+        factors: NDArray[np.float32] | None = None,
     ) -> "Sample":
-        """Compare some rows of w [n, cols] with packed [n, row_bytes]; None: they are the same."""
+        """Compare some rows of w [n, cols] with packed [n, row_bytes]; None: they are the same.
+
+        factors: what the model's own weights were multiplied by. Errors are those of the latter.
+        """
         some = slice(None, None, max(len(packed) // _SAMPLED_ROWS, 1))
         w = blocks.decode(packed[some], fmt) if w is None else w[some]
-        exact = w.astype(np.float64)
-        square = float(np.square(exact).sum())
+        exact, unit = w.astype(np.float64), np.ones(1)
+        if factors is not None:
+            unit = 1 / np.broadcast_to(factors, (len(packed), w.shape[1]))[some].astype(np.float64)
+        square = float(np.square(exact * unit).sum())
         if fmt.name == "F32":
             return cls(0.0, square, exact.size)
-        error = float(np.square(blocks.decode(packed[some], fmt) - exact).sum())
+        error = float(np.square((blocks.decode(packed[some], fmt) - exact) * unit).sum())
         return cls(error, square, exact.size)
 
     def plus(self, other: "Sample") -> "Sample":

@@ -1,5 +1,6 @@
 """AWQ and SmoothQuant: what they fold, and that the model stays the same."""
 
+import contextlib
 import dataclasses
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import edgeq
 from edgeq import blocks
 from edgeq.errors import ModelError, RequestError
 from edgeq.folding import FoldedSource, fold
+from edgeq.gguf import open_gguf
 from edgeq.models.flow import folds
 from edgeq.pipeline import run
 from edgeq.quantizers import awq, find, smoothquant
@@ -65,6 +67,30 @@ def test_the_model_computes_the_same(
         names = [name for name in source.shapes if not np.array_equal(_raw(a, name), _raw(b, name))]
     kinds = {name.split(".")[2] for name in names}
     assert {"attn_norm", "ffn_norm", "attn_q", "ffn_gate", "ffn_down", "attn_output"} <= kinds
+
+
+def test_errors_are_those_of_the_models_own_weights(
+    rng: np.random.Generator, tmp_path: Path
+) -> None:
+    """What the file stores, scaled back by hand, against the checkpoint."""
+    path = checkpoint(tmp_path / "model", WIDE)
+    with contextlib.closing(open_source(path)) as source:
+        given = importance(source, rng)
+        report = run(path, tmp_path / "o.gguf", "Q4_0", method="smoothquant", importance=given)
+        formats = {t.name: blocks.get(t.format) for t in report.tensors}
+        folded = fold(source, Statistics(given), smoothquant, formats)
+        with open_gguf(report.path) as gguf:
+            for tensor in report.tensors:
+                rows = tensor.shape[0] if len(tensor.shape) > 1 else 1
+                some = slice(None, None, max(rows // 4, 1))
+                w = source.read(tensor.name, 0, rows).astype(np.float64)[some]
+                scaled = folded.read(tensor.name, 0, rows)[some]
+                raw = gguf.tensor(tensor.name)
+                stored = blocks.decode(raw.reshape(rows, -1)[some], formats[tensor.name])
+                miss = stored * (w / scaled) - w
+                expected = np.sqrt(np.square(miss).sum() / np.square(w).sum())
+                assert tensor.relative_rmse == pytest.approx(expected, rel=1e-3, abs=1e-6)
+                assert tensor.mean_square == pytest.approx(np.square(w).mean(), rel=1e-4)
 
 
 def _raw(model: Any, name: str) -> NDArray[np.uint8]:

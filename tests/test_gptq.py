@@ -7,16 +7,21 @@ import naive
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from tiny_checkpoint import CONFIG, write_checkpoint
 
-from edgeq import blocks, calibration, hessian
+from edgeq import blocks, calibration, encoding, hessian, quantizers, stream
 from edgeq.errors import RequestError
+from edgeq.pipeline import run
 from edgeq.quantizers import Hessian, find, gptq, quantize
+from edgeq.quantizers._blas import _controller
+from edgeq.quantizers._hessian import _invert_lower
 from edgeq.quantizers.gptq.grid import Grid
 from edgeq.quantizers.gptq.kernels import feed_back
 from edgeq.sources import open_source
 
 Array = NDArray[np.float32]
 
+WIDE = {**CONFIG, "hidden_size": 256, "intermediate_size": 512}
 FORMATS = [name for name, fmt in blocks.formats().items() if fmt.value != "x"]
 EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "tiny-home"
 
@@ -152,7 +157,53 @@ def test_threads_and_chunks_change_nothing(
 ) -> None:
     w, moments = rng.standard_normal((600, 256)).astype(np.float32), inputs(rng, 256)
     expected = quantize(w, "Q4_K", None, "gptq", 1, moments)
+    monkeypatch.setattr(quantizers, "CHUNK", 7 * 256)  # 86 parts
     assert np.array_equal(quantize(w, "Q4_K", None, "gptq", 3, moments), expected)
+
+
+@pytest.mark.parametrize("method", ["gptq", "search"])
+def test_each_hessian_is_read_and_factored_once(
+    method: str, rng: np.random.Generator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many parts, threads and matrices there are; meanwhile BLAS has one thread."""
+    monkeypatch.setattr(stream, "_CHUNK", 32 * 256)
+    source, path = write_checkpoint(tmp_path / "model", WIDE), tmp_path / "h.gguf"
+    moments = inputs(rng, 256)
+    qkv = [tuple(f"blk.{i}.attn_{kind}.weight" for kind in "kqv") for i in range(2)]
+    hessian.write(path, {names: moments * (i + 1) for i, names in enumerate(qkv)}, tokens=1)
+    read, factored, threads = list[str](), list[int](), set[int]()
+    get, cholesky, quantized = hessian.Hessians.get, np.linalg.cholesky, encoding.quantize
+
+    def counted_get(self: hessian.Hessians, name: str) -> Any:
+        read.append(name)
+        return get(self, name)
+
+    def counted_cholesky(matrix: Any) -> Any:
+        factored.append(len(matrix))
+        return cholesky(matrix)
+
+    def watched(*args: Any) -> Any:
+        threads.update(pool["num_threads"] for pool in _controller().info())
+        return quantized(*args)
+
+    monkeypatch.setattr(hessian.Hessians, "get", counted_get)
+    monkeypatch.setattr(np.linalg, "cholesky", counted_cholesky)
+    monkeypatch.setattr(encoding, "quantize", watched)
+    before = _controller().info()
+    run(source, tmp_path / "o.gguf", "Q4_K_S", method=method, hessians=path, threads=2)
+    assert len(read) == 2
+    assert factored == ([256, 256] if method == "gptq" else [])
+    assert threads == {1}
+    assert _controller().info() == before
+
+
+@pytest.mark.parametrize("n", [1, 2, 63, 65, 200])
+def test_triangles_are_inverted_in_place(n: int, rng: np.random.Generator) -> None:
+    lower = np.tril(rng.standard_normal((n, n))) + 2 * np.sqrt(n) * np.eye(n)
+    found = lower.copy()
+    _invert_lower(found)
+    np.testing.assert_allclose(found @ lower, np.eye(n), atol=1e-12)
+    assert (np.triu(found, 1) == 0).all()
 
 
 def test_without_a_hessian_it_is_search(rng: np.random.Generator) -> None:

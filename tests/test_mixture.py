@@ -9,13 +9,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 from shell import edgeq
 from tiny_checkpoint import CONFIG, write_checkpoint
 
 from edgeq import blocks, hessian
 from edgeq.choosing import Target, sensible
 from edgeq.errors import RequestError, ResourceError
-from edgeq.mixture import Choice, promote, solve, to_recipe
+from edgeq.gguf import GgufWriter, TensorSpec
+from edgeq.mixture import SAMPLE, Choice, _sample, promote, solve, to_recipe
 from edgeq.pipeline import run
 from edgeq.recipe import Model, Recipe, Rule, assign, recipes, save, to_toml
 from edgeq.sources import open_source
@@ -154,6 +156,62 @@ def test_sizes_are_met_and_nearly_used(odd: bool, tmp_path: Path) -> None:
     assert again.path.read_bytes() == report.path.read_bytes()
     bits = run(source, tmp_path / "bits.gguf", target=Target(bpw=6.0))
     assert 5.8 < bits.bits_per_weight <= 6.0
+
+
+@pytest.mark.parametrize("alignment", [32, 1 << 14])
+def test_outliers_and_padding_count(alignment: int, tmp_path: Path) -> None:
+    path = _aligned(write_checkpoint(tmp_path / "model", WIDE), alignment)
+    for outliers in (False, True):
+        target = Target(size=1_000_000, outliers=outliers)
+        report = run(path, tmp_path / f"{outliers}.gguf", target=target)
+        assert 900_000 < report.nbytes <= 1_000_000
+
+
+@pytest.mark.parametrize("step", [1, 64, 128])
+@pytest.mark.parametrize("kind", ["attn_q", "ffn_up"])
+@pytest.mark.parametrize(("rows", "cols"), [(1024, 64), (4096, 4096), (384, 13000), (128, 1 << 17)])
+def test_samples_are_small_and_spread(rows: int, cols: int, kind: str, step: int) -> None:
+    name, whole = f"blk.0.{kind}.weight", step if kind == "attn_q" else 1
+    source = _Numbered({name: (rows, cols)}, step, whole)
+    w, share = _sample(source, name)  # type: ignore[arg-type]
+    found = w[:, 0].astype(int).tolist()
+    assert w.size <= max(SAMPLE, cols)
+    assert w.size >= min(SAMPLE, rows * cols) // 2
+    assert share == len(w) / rows
+    assert found == sorted(set(found))
+    spread = len({row // whole for row in found})
+    assert spread >= min(8, len(found), rows // whole)
+
+
+class _Numbered:
+    """A source whose rows hold their own number, and can be read in multiples of `whole` only."""
+
+    def __init__(self, shapes: dict[str, tuple[int, int]], step: int, whole: int) -> None:
+        self.shapes, self.row_step, self._whole = shapes, step, whole
+
+    def read(self, name: str, start: int, stop: int) -> NDArray[np.float32]:
+        assert start % self._whole == stop % self._whole == 0
+        assert 0 <= start < stop <= self.shapes[name][0]
+        numbers = np.arange(start, stop, dtype=np.float32)[:, None]
+        return np.broadcast_to(numbers, (stop - start, self.shapes[name][1]))
+
+
+def test_outliers_count_as_bits(tmp_path: Path) -> None:
+    source = write_checkpoint(tmp_path / "model", WIDE)
+    report = run(source, tmp_path / "out.gguf", target=Target(bpw=6.0, outliers=True))
+    assert 5.6 < report.bits_per_weight <= 6.0
+
+
+def _aligned(folder: Path, alignment: int) -> Path:
+    """The model as a GGUF file whose tensors start at multiples of `alignment`."""
+    source, path = open_source(folder), folder / "aligned.gguf"
+    metadata = {**source.metadata(), "general.alignment": np.uint32(alignment)}
+    specs = [TensorSpec(name, shape, blocks.get("F32")) for name, shape in source.shapes.items()]
+    with GgufWriter(path, metadata, specs) as writer:
+        for name, shape in source.shapes.items():
+            writer.write(name, source.read(name, 0, shape[0] if len(shape) > 1 else 1))
+    source.close()
+    return path
 
 
 def test_hessians_decide_which_matrix_matters(rng: np.random.Generator, tmp_path: Path) -> None:

@@ -62,6 +62,7 @@ HOMES = {
     "tokenizers": ["tokenizer"],
     "sentencepiece": ["tokenizer"],
     "gguf": ["checkpoint", "gguf"],
+    "threadpoolctl": ["quantizers"],
     "huggingface_hub": ["hub"],
     "click": ["cli"],
     "rich": ["cli"],

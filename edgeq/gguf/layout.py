@@ -2,7 +2,9 @@
 
 import re
 import struct
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -85,3 +87,14 @@ def aligned(size: int, alignment: int) -> int:
     64
     """
     return -(-size // alignment) * alignment
+
+
+def alignment_of(metadata: Mapping[str, Any]) -> int:
+    """The alignment to lay out with; the reader's rules refuse a bad one afterwards.
+
+    >>> alignment_of({"general.alignment": 64}), alignment_of({})
+    (64, 32)
+    """
+    value = metadata.get("general.alignment", DEFAULT_ALIGNMENT)
+    usable = isinstance(value, int | np.integer) and 0 < value <= MAX_ALIGNMENT
+    return int(value) if usable else DEFAULT_ALIGNMENT

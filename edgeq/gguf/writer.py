@@ -16,14 +16,13 @@ from edgeq.errors import FormatError, ResourceError
 from edgeq.gguf.header import read_header
 from edgeq.gguf.journal import Checksum, Journal
 from edgeq.gguf.layout import (
-    DEFAULT_ALIGNMENT,
     MAGIC,
-    MAX_ALIGNMENT,
     U32,
     U64,
     TensorInfo,
     TensorSpec,
     aligned,
+    alignment_of,
 )
 from edgeq.gguf.partfile import PartFile
 from edgeq.gguf.values import write_value
@@ -72,7 +71,7 @@ class GgufWriter:
     ) -> None:
         self.path = Path(path)
         self.force = force
-        self._header, self.nbytes = _build(metadata, tensors, _alignment(metadata))
+        self._header, self.nbytes = _build(metadata, tensors, alignment_of(metadata))
         checked = read_header(self._header, self.nbytes, str(self.path))
         self._tensors = checked.tensors
         self._missing = {name: info.nbytes for name, info in checked.tensors.items()}  # bytes
@@ -194,13 +193,6 @@ class GgufWriter:
         if file.pread(0, len(self._header)) != self._header:
             raise ResourceError(f"{file.part}: reads back differently: the disk may be failing")
         file.commit()
-
-
-def _alignment(metadata: Mapping[str, Any]) -> int:
-    """The alignment to lay out with; the reader's rules refuse a bad one afterwards."""
-    value = metadata.get("general.alignment", DEFAULT_ALIGNMENT)
-    usable = isinstance(value, int | np.integer) and 0 < value <= MAX_ALIGNMENT
-    return int(value) if usable else DEFAULT_ALIGNMENT
 
 
 def _build(

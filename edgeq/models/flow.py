@@ -9,9 +9,10 @@ from dataclasses import dataclass
 
 from edgeq.recipe import Model
 
-__all__ = ["RESIDUAL", "Fold", "folds", "kind_of", "sharing"]
+__all__ = ["HEADS", "RESIDUAL", "TABLES", "Fold", "folds", "kind_of", "sharing"]
 
 RESIDUAL = ("attn_output", "ffn_down")  # kinds whose output is added to the residual stream
+HEADS = ("attn_q", "attn_k")  # kinds whose rows have another order within heads in some sources
 TABLES = ("token_embd", "output")  # kinds that stand outside the layers
 _NORMS = {"attn_norm": ("attn_q", "attn_k", "attn_v"), "ffn_norm": ("ffn_gate", "ffn_up")}
 _MATRICES = {"ffn_up": "ffn_down", "attn_v": "attn_output"}

@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from edgeq import blocks
 from edgeq.blocks import BlockFormat
 from edgeq.errors import RequestError
+from edgeq.quantizers._blas import single_blas
 from edgeq.quantizers._hessian import Hessian
 
 __all__ = [
@@ -37,6 +38,7 @@ __all__ = [
     "find",
     "needs",
     "quantize",
+    "single_blas",
     "thread_count",
 ]
 
@@ -236,7 +238,7 @@ def _run(work: Any, parts: list[slice], threads: int) -> None:
         for part in parts:
             work(part)
         return
-    with ThreadPoolExecutor(min(threads, len(parts))) as pool:
+    with single_blas(), ThreadPoolExecutor(min(threads, len(parts))) as pool:
         futures = [pool.submit(work, part) for part in parts]
         try:
             for future in futures:
