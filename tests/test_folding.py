@@ -78,7 +78,7 @@ def test_errors_are_those_of_the_models_own_weights(
         given = importance(source, rng)
         report = run(path, tmp_path / "o.gguf", "Q4_0", method="smoothquant", importance=given)
         formats = {t.name: blocks.get(t.format) for t in report.tensors}
-        folded = fold(source, Statistics(given), smoothquant, formats)
+        folded = fold(source, Statistics(given), smoothquant, formats, "llama")
         with open_gguf(report.path) as gguf:
             for tensor in report.tensors:
                 rows = tensor.shape[0] if len(tensor.shape) > 1 else 1
