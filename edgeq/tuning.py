@@ -52,14 +52,16 @@ class Tuning:
         """
         return self.ahead_wide if fmt.bytes >= fmt.block else self.ahead
 
-    def turn(self, rows: int, threads: int, step: int = layout.ROWS_AT_ONCE) -> int:
+    def turn(
+        self, rows: int, threads: int, step: int = layout.ROWS_AT_ONCE, matrices: int = 1
+    ) -> int:
         """Rows of a matrix of `rows` that each of `threads` threads takes at a time: a multiple of
-        `step`.
+        `step`; fewer where it takes them of several matrices, so that nobody waits longer.
 
         >>> Tuning().turn(2048, 2), Tuning(chunk=64).turn(2048, 2), Tuning(chunk=16).turn(9, 2, 32)
         (128, 64, 32)
         """
-        wanted = self.chunk or rows // (TURNS * threads)
+        wanted = (self.chunk or rows // (TURNS * threads)) // matrices
         return max(wanted // step, 1) * step
 
 

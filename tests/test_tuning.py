@@ -124,12 +124,15 @@ def test_every_choice_gives_the_same_answer(
         monkeypatch.setattr(passes, "tuned", lambda *_, choice=choice: choice)
         with edgeq.load(path, threads=2) as model:
             assert model._passes.net.tuning == choice
-            products = [
-                op for op in model._passes.net.body(many=False) if op.kernel.startswith("matvec")
-            ]
+            ops = model._passes.net.body(many=False)
             at = [layout.MATMUL.index(name) for name in ("ahead", "chunk", "rows")]
-            for ahead, chunk, rows in (op.args[at].tolist() for op in products):
+            for op in (op for op in ops if op.kernel.startswith("matvec")):
+                ahead, chunk, rows = op.args[at].tolist()
                 assert (ahead, chunk) == (choice.ahead, choice.turn(rows, 2))
+            for op in (op for op in ops if op.kernel.startswith("gated")):
+                for ahead, chunk, rows in (part.args[at].tolist() for part in op.within[:2]):
+                    assert (ahead, chunk) == (choice.ahead, choice.turn(rows, 2, 32, 2))
+                    assert chunk % 32 == 0
             results.append(model.logits(range(5, 10)))
     for other in results[1:]:
         np.testing.assert_array_equal(other, results[0])

@@ -183,8 +183,7 @@ class Transformer:
 
     def _feed_forward(self, layer: Layer, many: bool) -> list[Op]:
         inputs, width = [layer.ffn_gate, layer.ffn_up], self.arch.feed_forward_length
-        # Two matrices in a turn: half as many rows, so that nobody waits longer for the last one.
-        turn = self.tuning.turn(width // 2, self._decoders, step=32)
+        turn = self.tuning.turn(width, self._decoders, step=32, matrices=2)
         gate, up = (
             self._product(m, self._at(name), width, many, barrier=name == "up", turn=turn)
             for m, name in zip(inputs, ("gate", "up"), strict=True)
