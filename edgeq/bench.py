@@ -143,7 +143,7 @@ def _fitting(path: str | Path, plan: Plan) -> list[Test]:
     from edgeq.gguf import open_gguf
 
     with open_gguf(path) as gguf:
-        context = models.find(gguf.get("general.architecture", str)).arch(gguf).context_length
+        context = models.arch_of(gguf).context_length
     tests = plan.tests(context)
     if not tests:
         raise RequestError("bench: no tests: expected a prompt or a generation length")

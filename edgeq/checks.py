@@ -8,9 +8,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from edgeq.errors import RequestError
+from edgeq.errors import RequestError, ResourceError
 
-__all__ = ["outputs", "stop_texts", "token_ids", "whole"]
+__all__ = ["outputs", "replaceable", "stop_texts", "token_ids", "whole"]
 
 
 def whole(name: str, value: Any, low: int, high: int) -> int:
@@ -65,6 +65,20 @@ def outputs(files: Iterable[Path | str | None], inputs: Iterable[tuple[str, Path
                 advice = "give another name for the output"
                 raise RequestError(f"{file}: is the {what} itself: {advice}")
         taken.append(("other output", file))
+
+
+def replaceable(path: Path | str, *, force: bool) -> None:
+    """A file to write is no folder, and does not exist or may be replaced. Raises ResourceError.
+
+    >>> replaceable("/", force=True)
+    Traceback (most recent call last):
+        ...
+    edgeq.errors.ResourceError: /: is a folder: give the name of a file
+    """
+    if os.path.isdir(path):
+        raise ResourceError(f"{path}: is a folder: give the name of a file")
+    if not force and os.path.lexists(path):
+        raise ResourceError(f"{path}: exists already: use force to replace it")
 
 
 def _same(a: Path | str, b: Path | str) -> bool:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from edgeq.errors import ModelError, RequestError
 from edgeq.gguf import TensorSpec
 from edgeq.native import ready
-from edgeq.quantizers import find, needs, quantize
+from edgeq.quantizers import find, needs, quantize, thread_count
 from edgeq.sources import Source
 from edgeq.statistics import Statistics
 from edgeq.stream import Chunk, Encoded
@@ -28,8 +28,7 @@ class Encoder:
 
     def check(self, source: Source) -> None:
         """Refuse bad settings before work. Raises RequestError."""
-        if self.threads is not None and self.threads < 1:
-            raise RequestError(f"threads = {self.threads}: expected at least 1")
+        thread_count(self.threads)
         need = needs(self.method)
         if need == "hessian" and not self.statistics.has_hessians:
             raise RequestError(

@@ -95,7 +95,7 @@ class Model:
         self.gguf = gguf
         if not gguf.tensors:
             raise ModelError(f"{gguf.path}: no tensors: this file holds no model")
-        self.arch: Arch = models.find(gguf.get("general.architecture", str)).arch(gguf)
+        self.arch: Arch = models.arch_of(gguf)
         self.tokenizer = load_tokenizer(gguf)
         machine = cpus.find()
         self.threads = _count("threads", threads, machine.threads)

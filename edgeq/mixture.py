@@ -7,7 +7,6 @@ picks the format that costs least.
 """
 
 import math
-import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from edgeq import blocks
 from edgeq.blocks import BlockFormat
 from edgeq.errors import RequestError
 from edgeq.gguf.layout import DEFAULT_ALIGNMENT, aligned
+from edgeq.gguf.names import split
 from edgeq.models.flow import HEADS, RESIDUAL, TABLES, kind_of, sharing
 from edgeq.quantizers import quantize
 from edgeq.recipe import Recipe, Rule, recipes
@@ -105,11 +105,10 @@ def _errors(
 ) -> list[_Error]:
     w, share = _sample(source, name)
     importance, moments = statistics.importance(name), statistics.moments(name)
-    found = []
+    power, found = _power(w, importance, moments) / share, []
     for fmt in formats:
         miss = blocks.decode(quantize(w, fmt, importance, "search", threads), fmt) - w
-        error, power = (_power(v, importance, moments) / share for v in (miss, w))
-        found.append(_Error(error, power))
+        found.append(_Error(_power(miss, importance, moments) / share, power))
     return found
 
 
@@ -264,9 +263,8 @@ def _patterns(formats: Mapping[str, str]) -> list[tuple[str, str]]:
     """
     layers: dict[tuple[str, str], list[str]] = {}
     for name, fmt in formats.items():
-        match = re.fullmatch(r"blk\.(\d+)\.(.+)", name)
-        layer, kind = (match[1], match[2]) if match else ("", name)
-        layers.setdefault((kind, fmt), []).append(layer)
+        layer, kind = split(name)
+        layers.setdefault((kind, fmt), []).append("" if layer is None else str(layer))
     found = []
     for (kind, fmt), each in layers.items():
         one = each[0] if len(each) == 1 else "{" + ",".join(each) + "}"

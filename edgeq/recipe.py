@@ -17,8 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from edgeq.blockformat import get
+from edgeq.checks import replaceable
 from edgeq.data import find, from_table, load_toml
 from edgeq.errors import FormatError, RequestError, ResourceError
+from edgeq.gguf.names import split
 
 __all__ = [
     "Model",
@@ -154,10 +156,7 @@ def refuse_target(path: Path | str, *, force: bool = False) -> None:
         raise RequestError(f"{path}: expected a name that ends with .toml, as -t needs it")
     if not path.absolute().parent.is_dir():
         raise ResourceError(f"{path}: its folder does not exist: create it first")
-    if path.is_dir():
-        raise ResourceError(f"{path}: is a folder: give the name of a file")
-    if not force and os.path.lexists(path):
-        raise ResourceError(f"{path}: exists already: use force to replace it")
+    replaceable(path, force=force)
 
 
 def save(recipe: Recipe, path: Path | str, *, force: bool = False) -> None:
@@ -286,23 +285,19 @@ def _layers(shapes: Iterable[str]) -> dict[str, tuple[int, int]]:
     Counting tensors of a kind, not layers: in some models only certain layers have them.
     """
     named = sorted(shapes, key=_layer_number)
-    kinds = Counter(_kind(name) for name in named)
+    kinds = Counter(split(name)[1] for name in named)
     seen: Counter[str] = Counter()
     layers = {}
     for name in named:
-        kind = _kind(name)
+        kind = split(name)[1]
         layers[name] = (seen[kind], kinds[kind])
         seen[kind] += 1
     return layers
 
 
 def _layer_number(name: str) -> int:
-    match = re.match(r"blk\.(\d+)\.", name)
-    return int(match[1]) if match else -1
-
-
-def _kind(name: str) -> str:
-    return re.sub(r"^blk\.\d+\.", "", name)
+    layer = split(name)[0]
+    return -1 if layer is None else layer
 
 
 _LAYERS = re.compile(r"all|more_bits|first (\d+)(?:/(\d*[1-9]\d*))?")

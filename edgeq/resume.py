@@ -14,7 +14,7 @@ from edgeq.errors import ResourceError
 from edgeq.hessian import Hessians
 from edgeq.sources import Source
 
-__all__ = ["identity", "program"]
+__all__ = ["identity", "program", "stamp"]
 
 _COMPILERS = ("numpy", "numba", "llvmlite")
 
@@ -35,19 +35,20 @@ def identity(
         "recipe": recipe,
         "method": method,
         "source": str(source.path.resolve()),
-        "files": _digest(_state(path) for path in source.files),
+        "files": _digest(stamp(path).encode() for path in source.files),
         "importance": _digest(_array(name, w) for name, w in sorted(importance.items())),
-        "hessians": _digest([] if hessians is None else [_state(hessians.path)]),
+        "hessians": _digest([] if hessians is None else [stamp(hessians.path).encode()]),
         "program": program(),
     }
 
 
-def _state(path: Path) -> bytes:
+def stamp(path: Path) -> str:
+    """Name, size and time of the last change of a file. Raises ResourceError."""
     try:
         status = path.stat()
     except OSError as error:
         raise ResourceError(f"{path}: cannot be read: {error.strerror}") from error
-    return f"{path.name} {status.st_size} {status.st_mtime_ns}".encode()
+    return f"{path.name} {status.st_size} {status.st_mtime_ns}"
 
 
 def _array(name: str, w: NDArray[np.float32]) -> bytes:

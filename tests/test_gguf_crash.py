@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from stopping import die_at
 from test_gguf_writer import DATA, F32, SPECS
 
 from edgeq.errors import ResourceError
@@ -187,20 +188,7 @@ def test_rest_of_a_killed_run_is_overwritten(tmp_path: Path, nth: int) -> None:
     """Killed at a system call, so that nothing can be tidied up."""
     child = os.fork()
     if not child:
-        made = 0
-
-        def kill(real: Callable[..., Any]) -> Callable[..., Any]:
-            def call(*args: Any) -> Any:
-                nonlocal made
-                made += 1
-                if made > nth:
-                    os._exit(9)
-                return real(*args)
-
-            return call
-
-        for name in ("ftruncate", "posix_fallocate", "pwrite", "fsync"):
-            setattr(os, name, kill(getattr(os, name)))
+        die_at(nth, ("ftruncate", "posix_fallocate", "pwrite", "fsync"))
         write_all(tmp_path / "x.gguf")
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9

@@ -6,14 +6,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from shell import ROOT, edgeq
-from stopping import stop
+from stopping import die_at, stop
 from tiny_checkpoint import CONFIG, random_weights, write_checkpoint
 
 from edgeq import pipeline
@@ -235,20 +234,7 @@ def killed(path: Path, nth: int) -> bool:
     """Write in a process that is killed at its nth system call; whether it came so far."""
     child = os.fork()
     if not child:
-        made = 0
-
-        def kill(real: Callable[..., Any]) -> Callable[..., Any]:
-            def call(*args: Any) -> Any:
-                nonlocal made
-                made += 1
-                if made > nth:
-                    os._exit(9)
-                return real(*args)
-
-            return call
-
-        for name in CALLS:
-            setattr(os, name, kill(getattr(os, name)))
+        die_at(nth, CALLS)
         write_all(path)
         os._exit(0)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9

@@ -13,7 +13,6 @@ on the result.
 import contextlib
 import dataclasses
 import hashlib
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -30,7 +29,7 @@ from edgeq.engine import Model, load
 from edgeq.errors import RequestError, ResourceError
 from edgeq.gguf import GgufWriter, open_gguf
 from edgeq.imatrix import Imatrix, dat
-from edgeq.resume import program
+from edgeq.resume import program, stamp
 from edgeq.text import read_text
 
 __all__ = ["DEFAULT_CONTEXT", "Report", "Settings", "collect", "run", "save"]
@@ -84,7 +83,8 @@ def run(
     inputs = [("model", file) for file in _files(Path(model))]
     checks.outputs([out, hessian_out], [("text", text), *inputs])
     for path in (out, hessian_out):
-        _refuse_existing(path, force)
+        if path is not None:  # say so now, not after hours
+            checks.replaceable(path, force=force)
     with State(out, identity, force=force) as state:
         path, saved = _gguf(Path(model), state), state.load()
         budget = int(saved.get("budget", budget or memory.available() // 4))
@@ -142,16 +142,10 @@ def _write_hessians(path: Path, work: Work, state: State, force: bool) -> None:
                 writer.write(hessian.tensor_name(name), total / np.float32(tokens))
 
 
-def _refuse_existing(path: Path | str | None, force: bool) -> None:
-    """Say so now, not after hours."""
-    if path is not None and not force and os.path.lexists(path):
-        raise ResourceError(f"{path}: exists already: use force to replace it")
-
-
 def _identity(model: Path, text: Path, settings: Settings) -> dict[str, object]:
     """What must be the same for a run to be the one that was interrupted."""
     return {
-        "model": [_stamp(file) for file in _files(model)],
+        "model": [stamp(file) for file in _files(model)],
         "text": hashlib.sha256(text.read_bytes()).hexdigest(),
         "settings": dataclasses.asdict(settings),
         "program": program(),
@@ -163,11 +157,6 @@ def _files(model: Path) -> list[Path]:
         raise ResourceError(f"{model}: not found: give a GGUF file or a checkpoint folder")
     found = sorted(model.iterdir()) if model.is_dir() else [model]
     return [file for file in found if file.is_file()]
-
-
-def _stamp(file: Path) -> list[object]:
-    found = file.stat()
-    return [file.name, found.st_size, found.st_mtime_ns]
 
 
 def _gguf(model: Path, state: State) -> Path:
@@ -185,8 +174,7 @@ def _chunk_size(path: Path, settings: Settings) -> int:
     if settings.ctx is not None:
         return settings.ctx
     with open_gguf(path) as gguf:
-        trained = models.find(gguf.get("general.architecture", str)).arch(gguf).context_length
-    return int(min(trained, DEFAULT_CONTEXT))
+        return min(models.arch_of(gguf).context_length, DEFAULT_CONTEXT)
 
 
 def _warnings(model: Model, settings: Settings) -> Iterator[str]:

@@ -148,7 +148,7 @@ def _context(path: Path) -> int:
     from edgeq import models
 
     with open_gguf(path) as gguf:
-        return models.find(gguf.get("general.architecture", str)).arch(gguf).context_length
+        return models.arch_of(gguf).context_length
 
 
 def _groups(rows: Sequence[_Row]) -> Iterator[list[_Row]]:

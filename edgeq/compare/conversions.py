@@ -16,7 +16,7 @@ from edgeq import checks, pipeline
 from edgeq.errors import RequestError, ResourceError
 from edgeq.quantizers import available
 from edgeq.recipe import Recipe
-from edgeq.resume import program
+from edgeq.resume import program, stamp
 from edgeq.text import printable
 
 __all__ = ["Candidate", "Conversion", "check", "convert", "parse"]
@@ -142,8 +142,7 @@ def _trace(value: Any) -> Any:
     if isinstance(value, np.ndarray):
         return hashlib.sha256(np.ascontiguousarray(value).tobytes()).hexdigest()
     if isinstance(value, Path):
-        stat = value.stat()
-        return [value.name, stat.st_size, stat.st_mtime_ns]
+        return stamp(value)
     return repr(value)
 
 

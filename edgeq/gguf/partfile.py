@@ -18,6 +18,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from threading import Lock
 
+from edgeq.checks import replaceable
 from edgeq.errors import ResourceError
 from edgeq.gguf.journal import Checksum, Journal, identity_of
 from edgeq.text import printable
@@ -60,7 +61,7 @@ class PartFile:
         self._syncer = ThreadPoolExecutor(1, thread_name_prefix="edgeq-sync")  # starts when needed
         self._syncing: Future[None] | None = None
         self._sync_lock = Lock()
-        self._refuse_existing()
+        replaceable(path, force=force)
         self._fd = self._open()
         try:
             self._reserve()
@@ -115,7 +116,7 @@ class PartFile:
         found = os.fstat(self._fd).st_size
         if found != self.size:
             raise ResourceError(f"{self.part}: has {found} bytes: expected {self.size}")
-        self._refuse_existing()
+        replaceable(self.path, force=self.force)
         with _reported(self.path):
             os.replace(self.part, self.path)
             self._close()
@@ -160,12 +161,6 @@ class PartFile:
             self.suspend()
         else:
             self.abort()
-
-    def _refuse_existing(self) -> None:
-        if self.path.is_dir():
-            raise ResourceError(f"{self.path}: is a folder: give the name of a file")
-        if not self.force and os.path.lexists(self.path):
-            raise ResourceError(f"{self.path}: exists already: use force to replace it")
 
     def _open(self) -> int:
         with _reported(self.part):

@@ -8,20 +8,18 @@ described by sums and means over their tensors.
 """
 
 import math
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from edgeq.gguf.names import split
 from edgeq.imatrix import Imatrix
 
 __all__ = ["Layer", "Tensor", "layers", "tensors"]
 
 Array = NDArray[np.float64]
-
-_BLOCK = re.compile(r"blk\.(\d+)\.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +61,7 @@ def tensors(imatrix: Imatrix) -> list[Tensor]:
     """
     means = _means(imatrix)
     found = (_tensor(name, means) for name, values in means.items() if values.any(axis=1).any())
-    return sorted(found, key=lambda t: (_BLOCK.sub("", t.name), -1 if t.layer is None else t.layer))
+    return sorted(found, key=lambda t: (split(t.name)[1], -1 if t.layer is None else t.layer))
 
 
 def layers(imatrix: Imatrix) -> list[Layer]:
@@ -93,7 +91,7 @@ def _tensor(name: str, means: Mapping[str, Array]) -> Tensor:
     far = np.abs(values - values.mean()) > deviation if deviation else np.zeros(1)
     return Tensor(
         name=name,
-        layer=_number(name),
+        layer=split(name)[0],
         sum=float(values.sum()),
         min=float(values.min()),
         max=float(values.max()),
@@ -124,11 +122,6 @@ def _cosine(names: Iterable[str], means: Mapping[str, Array]) -> float | None:
     return float(a @ b / (np.linalg.norm(a) * np.linalg.norm(b)))
 
 
-def _number(name: str) -> int | None:
-    found = _BLOCK.match(name)
-    return int(found[1]) if found else None
-
-
 def _before(name: str) -> str:
-    number = _number(name)
-    return _BLOCK.sub(f"blk.{number - 1}.", name, count=1) if number else ""
+    layer, kind = split(name)
+    return f"blk.{layer - 1}.{kind}" if layer else ""

@@ -18,7 +18,7 @@ from edgeq.models.arch import Arch
 if TYPE_CHECKING:
     from edgeq.gguf import Gguf
 
-__all__ = ["Architecture", "available", "by_hf", "find"]
+__all__ = ["Architecture", "arch_of", "available", "by_hf", "find"]
 
 
 class Architecture(Protocol):
@@ -72,6 +72,11 @@ def find(name: str) -> Architecture:
             f"architecture {name[:64]!r} is not supported: expected one of {', '.join(names)}"
         )
     return cast(Architecture, importlib.import_module(f"edgeq.models.{stem}"))
+
+
+def arch_of(gguf: "Gguf") -> Arch:
+    """Properties of the model in a GGUF file. Raises FormatError, ModelError."""
+    return find(gguf.get("general.architecture", str)).arch(gguf)
 
 
 def by_hf(architectures: Sequence[str]) -> Architecture:

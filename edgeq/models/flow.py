@@ -3,10 +3,10 @@
 The only place that knows it. Kinds are names without layer and ending: "attn_q".
 """
 
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+from edgeq.gguf.names import split
 from edgeq.recipe import Model
 
 __all__ = ["HEADS", "RESIDUAL", "TABLES", "Fold", "folds", "kind_of", "sharing"]
@@ -38,7 +38,7 @@ def kind_of(name: str) -> str:
     >>> kind_of("blk.3.attn_q.weight"), kind_of("output.weight")
     ('attn_q', 'output')
     """
-    return re.sub(r"^blk\.\d+\.", "", name).removesuffix(".weight").removesuffix(".bias")
+    return split(name)[1].removesuffix(".weight").removesuffix(".bias")
 
 
 def sharing(kind: str, model: Model) -> int:

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from edgeq.gguf.names import split
 from edgeq.report.plots import Plot, Point, front, scatter
 
 __all__ = ["html"]
@@ -176,11 +177,13 @@ class _Heat:
     def __init__(self, rows: Sequence[Table]) -> None:
         names = [t["name"] for row in rows for t in row["tensors"] if len(t["shape"]) > 1]
         self.names = list(dict.fromkeys(names))
-        split = [(name, *_layer(name)) for name in self.names]
-        self.layers = 1 + max((layer for _, layer, _ in split), default=-1)
-        self.kinds = list(dict.fromkeys(kind for _, layer, kind in split if layer >= 0))
-        self.outside = [name for name, layer, _ in split if layer < 0]
-        self.at = {(kind, layer): self.names.index(name) for name, layer, kind in split}
+        places = [split(name) for name in self.names]
+        inside = [(layer, kind) for layer, kind in places if layer is not None]
+        self.layers = 1 + max((layer for layer, _ in inside), default=-1)
+        self.kinds = list(dict.fromkeys(kind for _, kind in inside))
+        self.outside = [name for layer, name in places if layer is None]
+        # Outside the layers, -1 stands for one.
+        self.at = {(k, -1 if layer is None else layer): i for i, (layer, k) in enumerate(places)}
         known: list[float] = [
             t["relative_rmse"] for row in rows for t in row["tensors"] if t["relative_rmse"]
         ]
@@ -206,17 +209,6 @@ class _Heat:
             return 0.0
         above = 1 + math.log(error / self.high) / math.log(_SPAN)
         return round(_DARKEST * min(max(above, 0.0), 1.0), 3)
-
-
-def _layer(name: str) -> tuple[int, str]:
-    """
-    >>> _layer("blk.12.attn_q.weight"), _layer("output.weight")
-    ((12, 'attn_q.weight'), (-1, 'output.weight'))
-    """
-    parts = name.split(".", 2)
-    if len(parts) == 3 and parts[0] == "blk" and parts[1].isascii() and parts[1].isdigit():
-        return int(parts[1]), parts[2]
-    return -1, name
 
 
 # -- answers, data of the script -------------------------------------------------------------------
