@@ -3,40 +3,19 @@ call nothing. Whether they compute the right thing is seen in test_kernels_words
 _matmul, where the emulator is installed.
 """
 
-import re
-from collections.abc import Callable
-from types import ModuleType
-from typing import Any
-
-import armkit
 import kernelkit as kit
 import pytest
+from armcode import ISA as CPUS
+from armcode import assembly, mnemonics, panel_assembly, row_assembly, tile_assembly
 
 from edgeq import blocks
-from edgeq.kernels import isa as isas
 from edgeq.kernels import rows
-from edgeq.kernels.dot import Column, Reader, row_dots
 from edgeq.kernels.llvm import F32, Emit, Value, vector
-from edgeq.kernels.panel import quant_panel
-from edgeq.kernels.tile import float_panel, float_tile, quant_tile
 
-CPUS = {"cortex-a53": "neon", "cortex-a72": "neon", "cortex-a76": "dotprod"}
 QUANTIZED = [name for name in kit.FORMATS if blocks.get(name).value != "x"]
 PLAIN = [name for name in kit.FORMATS if blocks.get(name).value == "x"]
 
 each_cpu = pytest.mark.parametrize("cpu", CPUS)
-
-
-def assembly(emit: Callable[..., Any], arguments: str, cpu: str, *, result: bool = False) -> str:
-    isa: ModuleType = isas.modules()[CPUS[cpu]]
-    module = kit.build(emit, arguments, isa, result)
-    module.triple = armkit.TRIPLE
-    machine = armkit.machine(cpu)
-    return str(machine.emit_assembly(kit.optimized(module, machine)))
-
-
-def mnemonics(text: str) -> set[str]:
-    return set(re.findall(r"^\t([a-z][a-z0-9.]*)(?=\t|\n)", text, re.MULTILINE))
 
 
 def check_integer(found: set[str], cpu: str) -> None:
@@ -49,16 +28,6 @@ def check_integer(found: set[str], cpu: str) -> None:
         assert not found & {"sdot", "udot", "usdot", "smmla"}
         assert found & {"smull", "smlal"}
         assert found & {"sadalp", "saddlp"}
-
-
-def row_assembly(name: str, cpu: str) -> str:
-    """Of a row times a column."""
-
-    def emit(e: Emit, w: Value, cols: Value, *arrays: Value) -> Value:
-        row = Reader(e.pointer(w), e.i64(4096))
-        return row_dots(e, blocks.get(name), row, [Column(*map(e.pointer, arrays))], cols)[0]
-
-    return assembly(emit, "iiiii", cpu, result=True)
 
 
 @pytest.mark.parametrize("name", QUANTIZED)
@@ -85,37 +54,17 @@ def test_float_row_dot(cpu: str, name: str) -> None:
 @pytest.mark.parametrize("name", QUANTIZED)
 @each_cpu
 def test_panel_and_tile(cpu: str, name: str) -> None:
-    fmt = blocks.get(name)
-
-    def panel(e: Emit, w: Value, stride: Value, rows: Value, cols: Value, *out: Value) -> None:
-        quant_panel(e, fmt, e.pointer(w), stride, rows, cols, *map(e.pointer, out))
-
-    def tile(e: Emit, *args: Value) -> None:
-        *given, cols, out = args
-        quant_tile(e, fmt, *map(e.pointer, given), cols, e.pointer(out))
-
-    unpacking = mnemonics(assembly(panel, "i" * 8, cpu))
+    unpacking = mnemonics(panel_assembly(name, cpu))
     assert not unpacking & {"bl", "blr"}
     assert any(word.startswith(("zip", "trn", "uzp")) for word in unpacking)
-    check_integer(mnemonics(assembly(tile, "i" * 8, cpu)), cpu)
+    check_integer(mnemonics(tile_assembly(name, cpu)), cpu)
 
 
 @pytest.mark.parametrize("name", PLAIN)
 @each_cpu
 def test_float_panel_and_tile(cpu: str, name: str) -> None:
-    def panel(e: Emit, w: Value, stride: Value, rows: Value, cols: Value, out: Value) -> None:
-        float_panel(e, blocks.get(name), e.pointer(w), stride, rows, cols, e.pointer(out))
-
-    def tile(e: Emit, panel: Value, x: Value, cols: Value, out: Value) -> None:
-        def read(p: Value, n: int) -> Value:
-            return e.load(vector(F32, n), p)
-
-        width, columns = e.isa.WIDTH, e.isa.TILE_COLS
-        places = e.pointer(panel), width, e.pointer(x), 4, 4096, cols, e.pointer(out), width
-        float_tile(e, read, *places, columns=columns)
-
-    assert not mnemonics(assembly(panel, "iiiii", cpu)) & {"bl", "blr"}
-    found = mnemonics(assembly(tile, "iiii", cpu))
+    assert not mnemonics(panel_assembly(name, cpu)) & {"bl", "blr"}
+    found = mnemonics(tile_assembly(name, cpu))
     assert not found & {"bl", "blr"}
     assert any(word.startswith("fmla") for word in found)
 
