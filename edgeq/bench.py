@@ -1,7 +1,6 @@
 """Speed of a model on this machine, in llama-bench's terms: pp512 reads, tg128 generates."""
 
 import itertools
-import platform
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -232,7 +231,7 @@ def _facts(model: Model, threads: int) -> dict[str, Any]:
     gguf = model.gguf
     name = gguf.metadata.get("general.name") or gguf.path.stem
     return {
-        "cpu_info": _cpu(),
+        "cpu_info": cpus.name(),
         "backends": model.isa,
         "model_filename": str(gguf.path),
         "model_type": str(name),
@@ -242,14 +241,3 @@ def _facts(model: Model, threads: int) -> dict[str, Any]:
         "type_k": model.kv_types[0],
         "type_v": model.kv_types[1],
     }
-
-
-def _cpu() -> str:
-    """Name of the processor."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith(("model name", "Model")):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()

@@ -6,12 +6,15 @@ only counted.
 
 import contextlib
 import os
+import platform
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-__all__ = ["Core", "Cpus", "find", "stay_on"]
+from edgeq import sysfs
+
+__all__ = ["Core", "Cpus", "find", "name", "stay_on"]
 
 FAST = 2 / 3  # of the fastest core's speed; the little cores of all known kinds are below
 
@@ -71,7 +74,8 @@ def find(root: Path = Path("/"), allowed: Collection[int] | None = None) -> Cpus
     mine = frozenset(_allowed() if allowed is None else allowed)
     places = {cpu: root / f"sys/devices/system/cpu/cpu{cpu}" for cpu in mine}
     siblings = {
-        cpu: _list(place / "topology/thread_siblings_list") for cpu, place in places.items()
+        cpu: sysfs.cpu_list(place / "topology/thread_siblings_list")
+        for cpu, place in places.items()
     }
     if not any(siblings.values()):
         return Cpus(_counted(sorted(mine)), _quota(root))
@@ -80,6 +84,17 @@ def find(root: Path = Path("/"), allowed: Collection[int] | None = None) -> Cpus
     top = max(speeds.values())
     cores = [Core(group, max(speeds[cpu] for cpu in group) / top) for group in groups]
     return Cpus(tuple(sorted(cores, key=lambda core: (-core.speed, core.cpus))), _quota(root))
+
+
+def name(root: Path = Path("/")) -> str:
+    """Name of the processor, or of the board where only that is known."""
+    known = sysfs.fields(root / "proc/cpuinfo")
+    found = known.get("model name") or known.get("Model")
+    return found or sysfs.text(root / "sys/firmware/devicetree/base/model") or _platform()
+
+
+def _platform() -> str:
+    return platform.processor() or platform.machine()
 
 
 def stay_on(cpus: Collection[int]) -> frozenset[int]:
@@ -111,11 +126,11 @@ def _counted(mine: list[int]) -> tuple[Core, ...]:
 
 def _speeds(root: Path, places: dict[int, Path]) -> dict[int, float]:
     """Relative speed per CPU, by the first source that knows all of them."""
-    fast = _list(root / "sys/devices/cpu_core/cpus")  # x86 with two kinds of cores
+    fast = sysfs.cpu_list(root / "sys/devices/cpu_core/cpus")  # x86 with two kinds of cores
     if fast:
         return {cpu: 1.0 if cpu in fast else FAST / 2 for cpu in places}
     for name in ("cpu_capacity", "cpufreq/cpuinfo_max_freq"):
-        found = {cpu: _number(place / name) for cpu, place in places.items()}
+        found = {cpu: float(sysfs.integer(place / name) or 0) for cpu, place in places.items()}
         if all(found.values()):
             return found
     return dict.fromkeys(places, 1.0)
@@ -123,48 +138,14 @@ def _speeds(root: Path, places: dict[int, Path]) -> dict[int, float]:
 
 def _quota(root: Path) -> float | None:
     """CPUs' worth of time allowed by the cgroups that this process is in, and those above."""
-    quotas: list[float] = []
-    for line in _text(root / "proc/self/cgroup").splitlines():
-        _, controllers, path = [*line.split(":", 2), "", ""][:3]
-        top = root / "sys/fs/cgroup"
-        if "cpu" in controllers.split(","):
-            top /= "cpu"
-        elif controllers:
-            continue
-        inner = top / path.lstrip("/")
-        for place in (inner, *inner.parents):
-            quotas.extend(_quota_of(place))
-            if place == top:
-                break
-    return min(quotas, default=None)
+    places = sysfs.cgroups(root, "cpu")
+    return min((quota for place in places for quota in _quota_of(place)), default=None)
 
 
 def _quota_of(place: Path) -> Iterator[float]:
     """cpu.max says "quota period" (version 2); version 1 has a file for each; none: max or -1."""
-    words = _text(place / "cpu.max").split() or [
-        _text(place / f"cpu.cfs_{name}_us").strip() for name in ("quota", "period")
+    words = sysfs.text(place / "cpu.max").split() or [
+        sysfs.text(place / f"cpu.cfs_{name}_us") for name in ("quota", "period")
     ]
     if len(words) == 2 and all(word.isdecimal() for word in words) and int(words[1]):
         yield int(words[0]) / int(words[1])
-
-
-def _list(path: Path) -> frozenset[int]:
-    """CPUs in the kernel's notation, such as 0-3,8; none where the file is missing."""
-    found: set[int] = set()
-    with contextlib.suppress(ValueError):
-        for part in _text(path).split(","):
-            first, _, last = part.strip().partition("-")
-            found.update(range(int(first), int(last or first) + 1))
-    return frozenset(found)
-
-
-def _number(path: Path) -> float:
-    text = _text(path).strip()
-    return float(text) if text.isdecimal() else 0.0
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text()
-    except (OSError, UnicodeDecodeError):
-        return ""
