@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from edgeq import cpus, memory
+from edgeq import cpus, devices, memory
 from edgeq.checks import whole
 from edgeq.engine import Model, load
 from edgeq.errors import RequestError
@@ -121,12 +121,12 @@ def run(
     for count in (*plan.threads, *plan.threads_batch):
         whole("threads", 1 if count is None else count, 1, 256)
     tests = {path: _fitting(path, plan) for path in paths}
-    machine = cpus.find()
+    few, many = devices.threads(cpus.find())
     for path in tests:
         done: set[tuple[Test, int]] = set()
         for t, tb in itertools.product(plan.threads, plan.threads_batch):
-            threads = machine.threads if t is None else t
-            batch = threads if tb is None else tb
+            threads = t or few
+            batch = tb or t or many
             # With lists of both, each test depends on one of them only.
             todo = {test: batch if test.prompt else threads for test in tests[path]}
             todo = {test: count for test, count in todo.items() if (test, count) not in done}

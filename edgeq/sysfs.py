@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-__all__ = ["cgroups", "cpu_list", "fields", "integer", "numbered", "parsed_cpus", "text"]
+__all__ = ["cgroups", "cpu_list", "fields", "integer", "numbered", "parsed_cpus", "strings", "text"]
 
 MOST = 1 << 20  # bytes read of a file
 MOST_CPUS = 1 << 14
@@ -22,9 +22,18 @@ def text(path: Path) -> str:
     >>> text(Path("/proc/no such file"))
     ''
     """
+    return _raw(path).replace("\0", "").strip()
+
+
+def strings(path: Path) -> list[str]:
+    """The strings of a file that ends each with NUL, as the device tree does."""
+    return [part for part in _raw(path).split("\0") if part.strip()]
+
+
+def _raw(path: Path) -> str:
     try:
         with path.open("rb") as file:
-            return file.read(MOST).decode("utf-8", "ignore").replace("\0", "").strip()
+            return file.read(MOST).decode("utf-8", "ignore")
     except (OSError, ValueError):
         return ""
 

@@ -21,7 +21,19 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 # Imports go down or stay level: README, "How it is built". A new module must be given a layer here.
 LAYERS = [
-    {"checks", "cpus", "data", "errors", "estimate", "memory", "sysfs", "text", "vocab"},
+    {
+        "checks",
+        "cpus",
+        "data",
+        "devices",
+        "errors",
+        "estimate",
+        "machine",
+        "memory",
+        "sysfs",
+        "text",
+        "vocab",
+    },
     {"blockformat", "blocks", "gguf", "checkpoint", "grid", "hessian", "imatrix"},
     {"kernels"},
     {"models", "tokenizer", "sampler", "cache", "quantizers", "recipe", "sandbox", "tuning"},
