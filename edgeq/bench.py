@@ -4,14 +4,15 @@ import itertools
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from edgeq import cpus, devices, memory
+from edgeq import cpus, devices, machine, memory, sensors
 from edgeq.checks import whole
 from edgeq.engine import Model, load
 from edgeq.errors import RequestError
@@ -77,7 +78,8 @@ class Test:
 class Row:
     """One test; names and units as in llama-bench's JSON (nanoseconds, tokens per second).
 
-    The last three are edgeq's own: memory, and the distance to the machine's limit.
+    From peak_rss on they are edgeq's own: memory, the distance to the machine's limit, and what its
+    sensors said, None where there are none (edgeq.sensors).
     """
 
     cpu_info: str
@@ -102,6 +104,12 @@ class Row:
     peak_rss: int  # bytes of memory this process has used at most since the model was opened
     rate: float  # generation: GB/s of weights read; prompts: GMAC/s
     limit: float  # the same for this machine at its best, see edgeq.limits
+    max_celsius: float | None = None
+    mean_mhz: float | None = None  # of as many CPUs as there are threads
+    throttled: bool | None = None  # whether the machine held its CPU back
+    throttled_by: str = ""  # and why
+    joules_per_token: float | None = None
+    power_from: str = ""  # what these joules are counted of
 
 
 def run(
@@ -170,32 +178,45 @@ def _series(
     need = max(test.size for test in tests)
     with load(path, ctx=need, kv=plan.kv, **options) as model:
         ids = np.random.default_rng(0).integers(0, model.arch.vocab_size, need).tolist()
+        felt = sensors.Sensors()
         for test, threads in tests.items():
             time.sleep(plan.delay)
-            samples = _measure(model, test, ids, plan, progress)
+            report = partial(_report, progress, f"{model.gguf.path.name}: {test}")
+            if plan.warm_up:
+                report("warm-up")
+                _once(model, test, ids, WARM_UP)
+            _fill(model, test, ids)
+            with sensors.Watch(felt) as watch:
+                samples = []
+                for i in range(plan.reps):
+                    report(f"run {i + 1} of {plan.reps}")
+                    samples.append(_once(model, test, ids))
             best = limits[threads]
             limit = best.dot_gmacs if test.prompt else best.read_gbs
-            yield Row(**_facts(model, threads), **_speeds(model, test, samples), limit=limit)
+            speeds = _speeds(model, test, samples) | {"limit": limit}
+            tokens = len(samples) * (test.prompt + test.gen)
+            yield Row(**_facts(model, threads), **speeds, **_felt(watch.summary(threads), tokens))
 
 
-def _measure(
-    model: Model, test: Test, ids: list[int], plan: Plan, progress: Progress | None
-) -> list[int]:
-    """Nanoseconds of each repetition."""
-    samples = []
-    for i in range(0 if plan.warm_up else 1, plan.reps + 1):
-        if progress:
-            doing = f"run {i} of {plan.reps}" if i else "warm-up"
-            progress(f"{model.gguf.path.name}: {test}: {doing}")
-        model.rewind(test.depth)
-        model.feed(ids[len(model.seen) : test.depth])
-        new = ids[test.depth : test.size] if i or test.prompt else ids[test.depth :][:WARM_UP]
-        start = time.perf_counter_ns()
-        for part in _parts(new, test.prompt or 1):
-            model.feed(part, logits=True)
-        if i:
-            samples.append(time.perf_counter_ns() - start)
-    return samples
+def _report(progress: Progress | None, what: str, doing: str) -> None:
+    if progress:
+        progress(f"{what}: {doing}")
+
+
+def _fill(model: Model, test: Test, ids: list[int]) -> None:
+    """Tokens before the test, as far as they are not in the cache."""
+    model.rewind(test.depth)
+    model.feed(ids[len(model.seen) : test.depth])
+
+
+def _once(model: Model, test: Test, ids: list[int], most: int | None = None) -> int:
+    """Nanoseconds of one repetition; most: tokens of a generation."""
+    _fill(model, test, ids)
+    new = ids[test.depth : test.size][: None if test.prompt else most]
+    start = time.perf_counter_ns()
+    for part in _parts(new, test.prompt or 1):
+        model.feed(part, logits=True)
+    return time.perf_counter_ns() - start
 
 
 def _parts(ids: Sequence[int], size: int) -> Iterator[Sequence[int]]:
@@ -226,12 +247,19 @@ def _speeds(model: Model, test: Test, samples: list[int]) -> dict[str, Any]:
     }
 
 
+def _felt(found: sensors.Summary, tokens: int) -> dict[str, Any]:
+    """What the sensors said while so many tokens were read or generated."""
+    facts = asdict(found)
+    joules = facts.pop("joules")
+    return facts | {"joules_per_token": None if joules is None else joules / tokens}
+
+
 def _facts(model: Model, threads: int) -> dict[str, Any]:
     """What is the same for all tests of a model with so many threads."""
     gguf = model.gguf
     name = gguf.metadata.get("general.name") or gguf.path.stem
     return {
-        "cpu_info": cpus.name(),
+        "cpu_info": machine.look().processor,
         "backends": model.isa,
         "model_filename": str(gguf.path),
         "model_type": str(name),

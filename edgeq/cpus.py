@@ -6,7 +6,6 @@ only counted.
 
 import contextlib
 import os
-import platform
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,7 +13,7 @@ from pathlib import Path
 
 from edgeq import sysfs
 
-__all__ = ["Core", "Cpus", "find", "name", "stay_on"]
+__all__ = ["Core", "Cpus", "find", "stay_on"]
 
 FAST = 2 / 3  # of the fastest core's speed; the little cores of all known kinds are below
 
@@ -84,17 +83,6 @@ def find(root: Path = Path("/"), allowed: Collection[int] | None = None) -> Cpus
     top = max(speeds.values())
     cores = [Core(group, max(speeds[cpu] for cpu in group) / top) for group in groups]
     return Cpus(tuple(sorted(cores, key=lambda core: (-core.speed, core.cpus))), _quota(root))
-
-
-def name(root: Path = Path("/")) -> str:
-    """Name of the processor, or of the board where only that is known."""
-    known = sysfs.fields(root / "proc/cpuinfo")
-    found = known.get("model name") or known.get("Model")
-    return found or sysfs.text(root / "sys/firmware/devicetree/base/model") or _platform()
-
-
-def _platform() -> str:
-    return platform.processor() or platform.machine()
 
 
 def stay_on(cpus: Collection[int]) -> frozenset[int]:

@@ -21,6 +21,11 @@ class Machine:
     features: frozenset[str] = frozenset()  # of the CPU, Linux' names
     ram: int = 0  # bytes that the system can use
 
+    @property
+    def processor(self) -> str:
+        """Its name, or the board's where only that is known."""
+        return self.cpu or self.model or platform.processor() or platform.machine()
+
 
 def look(root: Path = Path("/")) -> Machine:
     """The machine that files under `root` describe; on macOS, which has none, its own names."""

@@ -1,11 +1,14 @@
 """Speed measurements: what they count, and the limits they are compared with."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import machines
 import pytest
+from machines import plant
 
-from edgeq import bench, convert, cpus, limits
+from edgeq import bench, convert, cpus, limits, sensors
 from edgeq.engine import Model
 from edgeq.errors import RequestError
 from edgeq.kernels import cache
@@ -90,6 +93,31 @@ def test_rests_before_each_test(path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr("edgeq.bench.time.sleep", rests.append)
     run(path, prompts=[2], gens=[1, 2], threads=[1], reps=1, delay=2.5)
     assert rests == [2.5] * 3
+
+
+def test_sensors_are_read_while_a_test_runs(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plant(tmp_path, machines.SMALL_X86)
+    energy, heat = (tmp_path / f"{machines.RAPL}/energy_uj", "sys/class/hwmon/hwmon2/temp1_input")
+    monkeypatch.setattr(sensors, "Sensors", partial(sensors.Sensors, tmp_path, machines.tool()))
+    feed = Model.feed
+
+    def heated(self: Model, ids: list[int], **more: Any) -> Any:
+        """Each token takes a joule; those before the test, which do not count, are hot."""
+        plant(tmp_path, {heat: 90000 if len(ids) == 8 else 80000})
+        uj = (int(energy.read_text()) + 1_000_000 * len(ids)) % 262_143_000_000
+        energy.write_text(str(uj))
+        return feed(self, ids, **more)
+
+    monkeypatch.setattr(Model, "feed", heated)
+    energy.write_text("262130000000")  # soon 0 again
+    rows = run(path, prompts=[16], gens=[4], threads=[2], reps=3, depths=[8])
+    assert len(rows) == 2
+    for row in rows:
+        assert row.joules_per_token == pytest.approx(1)
+        assert row.power_from == "CPU energy counters"
+        assert (row.max_celsius, row.mean_mhz, row.throttled) == (80, 2900, False)
 
 
 def test_progress_names_what_runs(path: Path) -> None:

@@ -1,5 +1,6 @@
 """`edgeq bench`: flags, and the formats of its results."""
 
+import csv
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -40,6 +41,7 @@ def measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Any]:
             peak_rss=3 * 2**20,
             rate=50.0,
             limit=200.0,
+            **called.get("felt", {}),
         )
 
     def run(paths: list[Path], plan: bench.Plan, **options: Any) -> Iterator[bench.Row]:
@@ -86,6 +88,32 @@ def test_bench_flags(measured: dict[str, Any]) -> None:
     table = edgeq("bench", "model.gguf", *flags, "csv").stdout.splitlines()
     assert len(table) == 4
     assert table[0].startswith('"cpu_info","backends",')
+
+
+def test_bench_marks_rows_of_a_machine_held_back(measured: dict[str, Any]) -> None:
+    measured["felt"] = {"throttled": True, "throttled_by": "under-voltage, throttled"}
+    flags = ["bench", "model.gguf", "-n", "0"]
+    result = edgeq(*flags)
+    assert "| pp512 | 123.46 ± 7.89 **throttled** |" in result.stdout
+    assert "max °C" not in result.stdout
+    assert "warning: pp512: this machine was held back (under-voltage, throttled)" in result.stderr
+    assert json.loads(edgeq(*flags, "-o", "json").stdout)[0]["throttled"] is True
+    head, row = csv.reader(edgeq(*flags, "-o", "csv").stdout.splitlines())
+    cells = dict(zip(head, row, strict=True))
+    assert (cells["throttled"], cells["max_celsius"]) == ("True", "")
+
+
+def test_bench_shows_what_sensors_said(measured: dict[str, Any]) -> None:
+    sensed = {"max_celsius": 71.25, "mean_mhz": 2399.6, "joules_per_token": 0.12345}
+    measured["felt"] = {**sensed, "throttled": False, "power_from": "a sensor"}
+    lines = edgeq("bench", "model.gguf").stdout.splitlines()
+    assert lines[0].endswith("| peak RAM | max °C | mean MHz | J/token |")
+    assert lines[1].count("---:") == 10
+    assert lines[2].endswith("| 3.0 MiB | 71 | 2400 | 0.123 |")
+    row = json.loads(edgeq("bench", "model.gguf", "-o", "json").stdout)[0]
+    ours = list(row)[list(row).index("samples_ts") + 1 :]  # after llama-bench's
+    assert ours[:3] == ["peak_rss", "rate", "limit"]
+    assert set(ours[3:]) == {*measured["felt"], "throttled_by"}
 
 
 def test_bench_lists_ranges_and_several_models(measured: dict[str, Any], tmp_path: Path) -> None:

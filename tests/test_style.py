@@ -30,6 +30,7 @@ LAYERS = [
         "estimate",
         "machine",
         "memory",
+        "sensors",
         "sysfs",
         "text",
         "vocab",

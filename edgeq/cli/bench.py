@@ -141,6 +141,11 @@ def _rows(models: Iterable[str], plan: "Plan") -> "Iterator[Row]":
             given, usual = (plan.prompts, bench.PROMPT) if row.n_prompt else (plan.gens, bench.GEN)
             if given is None and max(row.n_prompt, row.n_gen) < usual:
                 note(f"{_test(row)}: the model's context holds no test of {usual} tokens")
+            if row.throttled:
+                note(
+                    f"warning: {_test(row)}: this machine was held back ({row.throttled_by}): its "
+                    "figures are too low; `edgeq doctor` says what to do"
+                )
             yield row
     finally:
         status.clear()
@@ -182,11 +187,13 @@ def _tuning(threads: int, cores: int) -> dict[str, Any]:
 # -- formats ---------------------------------------------------------------------------------------
 def _markdown(rows: "Iterable[Row]") -> Iterator[str]:
     kinds: list[str] = []
+    felt: list[str] = []
     for i, row in enumerate(rows):
         if not i:
             # As in llama-bench, a column of types is there when it is not the usual one.
             kinds = [name for name in ("type_k", "type_v") if getattr(row, name) != "f16"]
-            heads = [*_COLUMNS[:5], *kinds, *_COLUMNS[5:]]
+            felt = [head for head, (name, _) in _FELT.items() if getattr(row, name) is not None]
+            heads = [*_COLUMNS[:5], *kinds, *_COLUMNS[5:], *felt]
             left = ("model", "backend", *kinds)
             yield f"| {' | '.join(heads)} |"
             yield f"| {' | '.join('---' if head in left else '---:' for head in heads)} |"
@@ -198,9 +205,10 @@ def _markdown(rows: "Iterable[Row]") -> Iterator[str]:
             row.n_threads,
             *(getattr(row, name) for name in kinds),
             _test(row),
-            f"{row.avg_ts:.2f} ± {row.stddev_ts:.2f}",
+            f"{row.avg_ts:.2f} ± {row.stddev_ts:.2f}{' **throttled**' * bool(row.throttled)}",
             f"{row.rate:.1f} {'GMAC/s' if row.n_prompt else 'GB/s'}, {row.rate / row.limit:.0%}",
             human(row.peak_rss),
+            *(_sensed(row, *_FELT[head]) for head in felt),
         )
         yield f"| {' | '.join(str(cell) for cell in cells)} |"
 
@@ -225,6 +233,11 @@ def _billions(count: int) -> str:
 def _test(row: "Row") -> str:
     kind = f"pp{row.n_prompt}" if row.n_prompt else f"tg{row.n_gen}"
     return f"{kind} @ d{row.n_depth}" if row.n_depth else kind
+
+
+def _sensed(row: "Row", name: str, form: str) -> str:
+    value = getattr(row, name)
+    return "" if value is None else format(value, form)
 
 
 def _dicts(rows: "Iterable[Row]") -> Iterator[dict[str, Any]]:
@@ -253,6 +266,12 @@ def _jsonl(records: Iterable[dict[str, Any]]) -> Iterator[str]:
 
 _COLUMNS = ["model", "size", "params", "backend", "threads", "test"]
 _COLUMNS += ["t/s", "of this machine", "peak RAM"]
+# What sensors say, as far as there are any: head, field, how it is written.
+_FELT = {
+    "max °C": ("max_celsius", ".0f"),
+    "mean MHz": ("mean_mhz", ".0f"),
+    "J/token": ("joules_per_token", ".3g"),
+}
 _NAMES = {
     "read_gbs": "read GB/s",
     "dot_gmacs": "dot GMAC/s",
