@@ -1,4 +1,4 @@
-"""The KV cache: keys and values of every position seen, allocated and touched once."""
+"""The KV cache: keys and values of every position seen, allocated once."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -30,6 +30,11 @@ class KvCache:
     @property
     def nbytes(self) -> int:
         return sum(part.nbytes for part in self.memory)
+
+    def touch(self) -> None:
+        """Make sure that every page is there: a system hands one out when it is first written."""
+        for part in self.memory:
+            part.reshape(-1)[::PAGE] = 0
 
     def addresses(self, layer: int) -> dict[str, int]:
         """Of the four arrays of a layer, by the names of the kernels' arguments."""
@@ -76,8 +81,8 @@ def bytes_per_position(arch: Arch, types: tuple[str, str]) -> int:
 def allocate(
     arch: Arch, context: int, types: tuple[str, str] = ("f16", "f16"), *, available: int
 ) -> KvCache:
-    """Room for `context` positions; every page of it is there when this returns. available: bytes
-    of memory that may be used.
+    """Room for `context` positions, whose pages are there after `touch`. available: bytes of memory
+    that may be used.
 
     Raises ResourceError when it does not fit (with the largest context that does).
     """
@@ -91,8 +96,6 @@ def allocate(
         k, v = (aligned(arch.block_count * sum(size)) for size in sizes)
     except MemoryError:
         raise _too_large(context, each, available) from None
-    for part in (k, v):
-        part[::PAGE] = 0  # a system hands out a page only when it is written to
     return KvCache(
         context,
         types,

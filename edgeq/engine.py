@@ -120,6 +120,7 @@ class Model:
             machine=machine,
             on_compile=on_compile,
         )
+        store.touch()  # only now: compiling kernels has taken memory meanwhile
         products = bound.matrices
         self.bytes_per_token = sum(m.data.nbytes for m in products)  # weights that decoding reads
         # A prompt needs the logits of its last token only.
@@ -133,7 +134,8 @@ class Model:
         if ctx is not None:
             return whole("ctx", ctx, 1, trained)
         wanted = min(trained, DEFAULT_CONTEXT)
-        fits = memory.available() // 2 // cache.bytes_per_position(self.arch, self.kv_types)
+        room = max(memory.available() - self.gguf.size, memory.available() // 16)
+        fits = room // 2 // cache.bytes_per_position(self.arch, self.kv_types)
         if fits < wanted:
             self.warnings.append(f"context of {fits} instead of {wanted}: memory is short")
         return int(max(min(wanted, fits), 1))

@@ -42,7 +42,7 @@ def measure(threads: int, cores: int) -> Limits:
     names = ("probe_read", "probe_dot", *TEAM_KERNELS)
     addresses = load(names, isa)
     team = Team(isa, threads, cores, home=cpus.find().home)
-    size = min(READ_BYTES, memory.available() // 4) // 4096 * 4096
+    size = min(READ_BYTES, memory.available() // 8) // 4096 * 4096
     sums, source = aligned(64 * threads), aligned(size)
     source[:] = 1  # pages that were never written are all the same one
     where = [int(source.ctypes.data), size, int(sums.ctypes.data)]

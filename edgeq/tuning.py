@@ -148,7 +148,7 @@ class _Layer:
         team: Team,
     ) -> None:
         size = ROWS * blocks.row_bytes(fmt, COLS)
-        count = max(min(READ_BYTES, memory.available() // 4) // size, 1)
+        count = max(min(READ_BYTES, memory.available() // 8) // size, 1)
         sizes = {"x": COLS, "xd": COLS // 8, "xs": COLS // 4, "out": 4 * ROWS}
         sizes |= {"state": 16, "scratch": threads * layout.MATVEC_SCRATCH, "w": count * size}
         sizes |= {"taken": count * layout.COUNTER}

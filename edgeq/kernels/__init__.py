@@ -17,12 +17,14 @@ from pathlib import Path
 from types import ModuleType
 from typing import IO
 
+from edgeq import memory
 from edgeq.errors import KernelError
 from edgeq.kernels import cache
 from edgeq.kernels import isa as isas
 
 __all__ = ["load", "missing"]
 
+CHILD_BYTES = 300 << 20  # memory of a process that compiles, and some to spare
 Progress = Callable[
     [str, int, int], None
 ]  # kernel just compiled, how many are done, how many there are
@@ -39,8 +41,8 @@ def missing(names: Iterable[str], isa: ModuleType) -> list[str]:
 
 
 def load(names: Iterable[str], isa: ModuleType, progress: Progress | None = None) -> dict[str, int]:
-    """Address of each kernel; compiles what the cache lacks, two at a time, and reports it through
-    `progress`.
+    """Address of each kernel; compiles what the cache lacks, two at a time where memory and
+    processors suffice, and reports it through `progress`.
 
     Raises KernelError when a kernel cannot be compiled.
     """
@@ -67,7 +69,8 @@ def _compile(names: list[str], isa: ModuleType, progress: Progress | None) -> No
     done = 0
     if progress:
         progress("", 0, len(names))
-    shares = [names[i::2] for i in range(min(2, len(names), os.cpu_count() or 1))]
+    at_once = max(min(2, len(names), os.cpu_count() or 1, memory.available() // CHILD_BYTES), 1)
+    shares = [names[i::at_once] for i in range(at_once)]
     with contextlib.ExitStack() as stack:
         # Files, not pipes: a child that says a lot would wait for a reader of its errors.
         errors = [stack.enter_context(_text_file()) for _ in shares]

@@ -5,7 +5,13 @@ The child imports Numba and LLVM's optimizer; the engine's process then needs ne
 name is printed.
 """
 
+import ctypes
+import os
+import signal
 import sys
+import traceback
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -19,6 +25,8 @@ from edgeq.kernels import isa as isas
 from edgeq.kernels.words import SIGNATURE
 
 __all__ = ["body", "compile_kernel"]
+
+PR_SET_PDEATHSIG = 1  # of prctl(2): the signal that a process gets when its parent dies
 
 
 def body(name: str, isa: ModuleType) -> Any:
@@ -69,9 +77,41 @@ def compile_kernel(name: str, isa: ModuleType) -> tuple[str, bytes]:
 def main(folder: str, *names: str) -> None:
     """Compile kernels into a folder of the cache."""
     isa = isas.choose()
+    cfunc(SIGNATURE)(_nothing)  # what every compilation needs is there before the first fork
     for name in names:
-        cache.write(Path(folder), name, *compile_kernel(name, isa))
+        _apart(partial(_store, Path(folder), name, isa))
         print(name, flush=True)
+
+
+def _store(folder: Path, name: str, isa: ModuleType) -> None:
+    cache.write(folder, name, *compile_kernel(name, isa))
+
+
+def _nothing(args, thread, threads):
+    pass
+
+
+def _apart(work: Callable[[], None]) -> None:
+    """Do it in a forked process, where there are such (Linux): LLVM and Numba keep some 10 MB of
+    every kernel, too much in the end for a board with 512 MB.
+    """
+    if sys.platform != "linux":
+        work()
+        return
+    parent, child = os.getpid(), os.fork()
+    if child:
+        if os.waitpid(child, 0)[1]:
+            sys.exit(1)  # it has said why
+        return
+    code = 1
+    try:
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() == parent:  # not killed before
+            work()
+            code = 0
+    except BaseException:
+        traceback.print_exc()
+    os._exit(code)
 
 
 if __name__ == "__main__":

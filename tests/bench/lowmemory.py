@@ -3,10 +3,12 @@
 
 cold: the first start on a machine, kernels are compiled. warm: the next one. llama.cpp: the same
 prompt through llama-cpp-python, of interpreter PYTHON. Each is run as a user would, and the
-processes it starts count: `peak` is the largest sum of their resident memory (RSS), `processes`
-the peak of each. Where this process may make memory cgroups (version 1: as root), each runs in one
-of LIMIT MB without swap, in which pages of files count as well: passing it is the proof that a
-board with little more is enough.
+processes it starts count: `peak` is the largest sum of their memory at one time, pages that they
+share counted once (PSS); `processes` the largest peaks of single ones (RSS).
+
+Where this process may make memory cgroups (version 1: as root), each runs in one of LIMIT MB, no
+swap, in which pages of files count as well: passing it proves that a board with little more
+is enough.
 """
 
 import argparse
@@ -70,26 +72,30 @@ def measure(command: list[str], env: dict[str, str], limit: int) -> dict[str, ob
             "code": process.returncode,
             "seconds": seconds,
             "peak": peak,
-            "each": sorted(each.values(), reverse=True),
+            "each": sorted(each.values(), reverse=True)[:4],
             "limited": place is not None,
             "said": said.read().strip().rpartition("\n")[2],
         }
 
 
 def watch(process: subprocess.Popen[bytes]) -> tuple[int, dict[int, int]]:
-    """(largest sum of resident bytes at one time, peak by process) until it ends."""
+    """(largest sum of proportional bytes at one time, peak by process) until it ends."""
     peak, each, main = 0, {}, psutil.Process(process.pid)
     while process.poll() is None:
         total = 0
         with contextlib.suppress(psutil.Error):
             for one in [main, *main.children(recursive=True)]:
                 with contextlib.suppress(psutil.Error, OSError, IndexError):
-                    total += one.memory_info().rss
-                    status = Path(f"/proc/{one.pid}/status").read_text()
-                    each[one.pid] = int(status.split("VmHWM:")[1].split()[0]) * 1024
+                    total += kilobytes(one.pid, "smaps_rollup", "Pss:")
+                    each[one.pid] = kilobytes(one.pid, "status", "VmHWM:")
         peak = max(peak, total)
         time.sleep(0.005)
-    return max([peak, *each.values()]), each
+    return peak, each
+
+
+def kilobytes(process: int, file: str, key: str) -> int:
+    """A value of a file in /proc, in bytes."""
+    return int(Path(f"/proc/{process}/{file}").read_text().split(key)[1].split()[0]) * 1024
 
 
 def main() -> None:

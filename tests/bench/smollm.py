@@ -21,11 +21,11 @@ from edgeq.vocab import BYTE_TO_CHAR
 
 LAYERS, WIDTH, FF, HEADS, KV_HEADS, VOCAB = 30, 576, 1536, 9, 3, 49152
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
-TEMPLATE = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + "
-    "'<|im_end|>' + '\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
-    "{% endif %}"
-)
+TEMPLATE = """\
+{% for message in messages %}<|im_start|>{{ message['role'] }}
+{{ message['content'] }}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
 
 
 def shapes() -> list[tuple[str, tuple[int, ...]]]:
