@@ -51,7 +51,7 @@ def dot(isa: str, name: str, *, cols: int, place: kit.Place = kit.anywhere) -> N
     """A row times a column."""
     fmt, rng = blocks.get(name), generator("dot", name, cols)
     row = place(kit.packed(fmt, 1, cols, rng))
-    arrays, x = inputs(fmt, floats(rng, 1, cols), 1, place)
+    arrays, x = inputs(isa, fmt, floats(rng, 1, cols), 1, place)
     got = products(isa, name, row, [list(arrays.values())], place)[0]
     expected = float(blocks.decode(row[0], fmt).astype(np.float64) @ x[0])
     assert abs(got - expected) <= 5e-7 * float(kit.reach(row, fmt)[0] @ np.abs(x[0]))
@@ -61,7 +61,9 @@ def dots(isa: str, name: str, *, cols: int, columns: int, place: kit.Place = kit
     """A row times several columns at once: to the bit what each gives alone."""
     fmt, rng = blocks.get(name), generator("dots", name, cols)
     row = place(kit.packed(fmt, 1, cols, rng))
-    given = [list(inputs(fmt, floats(rng, 1, cols), 1, place)[0].values()) for _ in range(columns)]
+    given = [
+        list(inputs(isa, fmt, floats(rng, 1, cols), 1, place)[0].values()) for _ in range(columns)
+    ]
     alone = [products(isa, name, row, [column])[0] for column in given]
     np.testing.assert_array_equal(products(isa, name, row, given, place), alone)
 
@@ -98,7 +100,7 @@ def panel(isa: str, name: str, *, rows: int, cols: int, place: kit.Place = kit.a
     w = place(kit.packed(fmt, rows, cols, rng))
     plain = fmt.value == "x"
     held = None if plain else lanes_of(fmt, module)
-    arrays, x = inputs(fmt, floats(rng, columns, cols), columns, place, held)
+    arrays, x = inputs(isa, fmt, floats(rng, columns, cols), columns, place, held)
     size = layout.panel_bytes(cols, fmt.group, lanes, plain)
     codes = size if plain else 4 * lanes * (cols // 4)
     sizes = [codes, (size - codes) // 2, (size - codes) // 2, 256 * lanes]

@@ -30,7 +30,7 @@ def gated(
     formats = [blocks.get(name) for name in (gate, up)]
     weights = [place(kit.packed(fmt, rows, cols, rng)) for fmt in formats]
     raw = floats(rng, tokens, cols)
-    given, stood_for = zip(*(inputs(fmt, raw, 1, place) for fmt in formats), strict=True)
+    given, stood_for = zip(*(inputs(isa, fmt, raw, 1, place) for fmt in formats), strict=True)
     products = [place(np.full((tokens, rows), MARK)) for _ in formats]
     words, taken = state(tokens, 0, place), place(np.zeros(2, np.int64))
     scratch = place(np.zeros(threads * layout.MATVEC_SCRATCH, np.uint8))
@@ -76,4 +76,4 @@ def gated(
     twin = np.array([naive.silu_gate(g.clip(-700), u) for g, u in zip(*products, strict=True)])
     np.testing.assert_allclose(h, twin, rtol=2e-6, atol=1e-30)
     if quantized:
-        check_codes(h, 1, parts)
+        check_codes(isa, h, 1, parts)

@@ -65,7 +65,7 @@ def product(
     w = place(kit.packed(fmt, rows, cols, rng))
     columns = module.TILE_COLS if op == "matmul" else 1
     lanes = lanes_of(fmt, module) if op == "matmul" and fmt.value != "x" else None
-    given, x = inputs(fmt, floats(rng, tokens, cols), columns, place, lanes)
+    given, x = inputs(isa, fmt, floats(rng, tokens, cols), columns, place, lanes)
     stride = rows + 3
     before = np.full((tokens, stride), MARK)
     before[:, :rows] = floats(rng, tokens, rows)
@@ -105,6 +105,7 @@ def product(
 
 
 def inputs(
+    isa: str,
     fmt: blocks.BlockFormat,
     x: np.ndarray,
     columns: int,
@@ -122,7 +123,7 @@ def inputs(
         return {"x": place(full), "xd": nothing, "xs": nothing}, x.astype(np.float64)
     codes = kit.quantize(x)
     arrays = {
-        "x": kit.in_order(codes.q) if columns == 1 else kit.interleaved(codes.q, columns, 4),
+        "x": kit.in_order(codes.q, isa) if columns == 1 else kit.interleaved(codes.q, columns, 4),
         "xd": kit.interleaved(codes.d, columns),
         "xs": kit.interleaved(_sums(codes, fmt, lanes), columns),
     }
@@ -228,7 +229,7 @@ def prepare(
         h = parts["h"].reshape(tokens, cols) if mode else source
         np.testing.assert_allclose(h, expected, rtol=2e-6, atol=1e-30)
         if quantized:
-            check_codes(h, columns, parts)
+            check_codes(isa, h, columns, parts)
 
 
 def _rows(x: np.ndarray, tokens: int, stride: int, cols: int) -> np.ndarray:
@@ -236,10 +237,10 @@ def _rows(x: np.ndarray, tokens: int, stride: int, cols: int) -> np.ndarray:
     return np.array([x[t * stride : t * stride + cols] for t in range(tokens)])
 
 
-def check_codes(h: np.ndarray, columns: int, parts: dict[str, np.ndarray]) -> None:
+def check_codes(isa: str, h: np.ndarray, columns: int, parts: dict[str, np.ndarray]) -> None:
     q, d = parts["q"].view(np.int8), parts["d"]
     tokens, expected = len(h), kit.quantize(h)
-    wanted = kit.in_order(expected.q) if columns == 1 else expected.q
+    wanted = kit.in_order(expected.q, isa) if columns == 1 else expected.q
     np.testing.assert_array_equal(kit.separated(q, columns, tokens, 4), wanted)
     np.testing.assert_array_equal(kit.separated(d, columns, tokens), expected.d)
     for group in (16, 32):

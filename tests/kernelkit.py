@@ -259,16 +259,21 @@ def quantize(x: np.ndarray) -> Codes:
     return Codes(q.reshape(x.shape), peak * np.float32(1 / 127))
 
 
-def extreme(cols: int) -> Codes:
-    """One row of the largest codes, with signs that give the largest sums."""
-    signs = np.where(np.arange(cols) // 8 % 3, 1, -1)
+def extreme(cols: int, sign: int = 0) -> Codes:
+    """One row of the largest codes, all of a sign or with signs that give the largest sums of
+    eight.
+    """
+    signs = np.full(cols, sign) if sign else np.where(np.arange(cols) // 8 % 3, 1, -1)
     return Codes((127 * signs).astype(np.int8)[None], np.full((1, cols // 32), 0.5, np.float32))
 
 
-def in_order(q: np.ndarray) -> np.ndarray:
-    """Codes [tokens, cols] as row kernels read them: in whole steps of 256 the words of four codes
-    go by (p0, i1, p1, half, i0, p2); p: part of 32, its bits from the low end; i: word of a half.
+def in_order(q: np.ndarray, isa: str) -> np.ndarray:
+    """Codes [tokens, cols] as row kernels read them. Where sums stay in their lanes, the words of
+    four codes go in whole steps of 256 by (p0, i1, p1, half, i0, p2); p: part of 32, its bits from
+    the low end; i: word of a half.
     """
+    if isas.modules()[isa].ACROSS:
+        return q
     tokens, cols = q.shape
     steps = cols // 256
     # Axes of a natural step: p2, p1, p0, half, i1, i0, byte.

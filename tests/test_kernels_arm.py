@@ -27,7 +27,7 @@ def check_integer(found: set[str], cpu: str) -> None:
     else:
         assert not found & {"sdot", "udot", "usdot", "smmla"}
         assert found & {"smull", "smlal"}
-        assert found & {"sadalp", "saddlp"}
+        assert found & {"sadalp", "saddlp", "addp"}
 
 
 @pytest.mark.parametrize("name", QUANTIZED)

@@ -15,7 +15,9 @@ def row_lengths(fmt: blocks.BlockFormat) -> list[int]:
 
 def product(isa: str, fmt: blocks.BlockFormat, row: np.ndarray, x: kit.Codes) -> float:
     return float(
-        emitcases.products(isa, fmt.name, row, [[kit.in_order(x.q), x.d, x.sums(fmt.group)]])[0]
+        emitcases.products(isa, fmt.name, row, [[kit.in_order(x.q, isa), x.d, x.sums(fmt.group)]])[
+            0
+        ]
     )
 
 
@@ -49,8 +51,9 @@ def test_extreme_codes(isa: str, byte: int) -> None:
     """Nothing saturates or overflows with equal bytes, the largest scales and activations."""
     for name in QUANTIZED:
         fmt = blocks.get(name)
-        for scale in (0.0, 65504.0, -65504.0, 2.0**-24):
-            check(isa, fmt, kit.filled(fmt, fmt.block * 3, byte, scale), kit.extreme(fmt.block * 3))
+        cols = fmt.block * 3
+        for scale, sign in ((0.0, 0), (65504.0, 0), (-65504.0, 1), (2.0**-24, -1)):
+            check(isa, fmt, kit.filled(fmt, cols, byte, scale), kit.extreme(cols, sign))
 
 
 @pytest.mark.parametrize("isa", kit.EMITTED)

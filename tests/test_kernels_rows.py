@@ -166,7 +166,7 @@ def quantize(isa: str, x: np.ndarray) -> tuple[np.ndarray, ...]:
         high, whole = min(low + 3, n // 32), n // 256 * 8
         span = low, max(low, min(whole, high)), high
         function(isa, "quantize_row", "i" * 10)(x, *span, *out, *ints)
-    out[0][kit.in_order(np.arange(n)[None])[0]] = out[0].copy()
+    out[0][kit.in_order(np.arange(n)[None], isa)[0]] = out[0].copy()
     if np.isfinite(x).all():
         for counts, group in zip(ints, (16, 32), strict=True):
             np.testing.assert_array_equal(counts, -out[0].reshape(-1, group).sum(1, dtype=np.int32))

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import kernelkit as kit
 import numpy as np
 import pytest
+from llvmlite import ir
 
 from edgeq.errors import KernelError
 from edgeq.kernels import isa as isas
@@ -94,6 +95,54 @@ def test_dot(isa: str, signed: bool, lanes: int, rng: np.random.Generator) -> No
     np.testing.assert_array_equal(out, expected)
 
 
+# -- sums ------------------------------------------------------------------------------------------
+ACROSS = [isa for isa in kit.EMITTED if isas.modules()[isa].ACROSS]
+
+
+def summed(isa: str, peak: int, w: np.ndarray, x: np.ndarray) -> np.ndarray:
+    """i32[rows, groups] of codes int8[rows, groups, 16 or 32] below `peak`."""
+    rows, groups, group = w.shape
+    out = np.zeros((rows, groups), np.int32)
+
+    def emit(e: Emit, w: Value, x: Value, out: Value, count: Value) -> None:
+        def body(i: Value) -> None:
+            at = e.b.mul(i, e.i64(groups * group))
+            pairs = [
+                [e.load(vector(I8, 16), e.at(e.pointer(p), at), k) for p in (w, x)]
+                for k in range(0, groups * group, 16)
+            ]
+            per = group // 16
+            total = e.isa.sums(e, [pairs[k : k + per] for k in range(0, len(pairs), per)], peak)
+            e.store(total, e.pointer(out), e.b.mul(i, e.i64(4 * groups)))
+
+        each_vector(e, count, body)
+
+    word(isa, emit, "iiii")(w, x, out, rows)
+    return out
+
+
+@pytest.mark.parametrize("shape", [(1, 32), (4, 32), (8, 32), (4, 16), (16, 16)], ids=str)
+@pytest.mark.parametrize("peak", [1, 3, 4, 15, 31, 32, 63, 127, 128])
+@pytest.mark.parametrize("isa", ACROSS)
+def test_sums(isa: str, peak: int, shape: tuple[int, int], rng: np.random.Generator) -> None:
+    """Random codes, and the largest of both signs in all places: nothing overflows on the way."""
+    w = rng.integers(-peak, min(peak, 127) + 1, (40, *shape))
+    x = rng.integers(-127, 128, (40, *shape))
+    w[:8], x[:4], x[4:8] = -peak, 127, -127
+    w[1::4], x[2::4] = np.sign(w[1::4] + 0.5) * min(peak, 127), np.sign(x[2::4] + 0.5) * 127
+    got = summed(isa, peak, w.astype(np.int8), x.astype(np.int8))
+    np.testing.assert_array_equal(got, (w * x).sum(-1))
+
+
+@pytest.mark.parametrize("peak", [15, 31, 63, 127])
+@pytest.mark.skipif("neon" not in kit.EMITTED, reason="an instruction set of Arm")
+def test_sums_are_as_long_as_they_may_be(peak: int) -> None:
+    """Twice the stated peak does not fit any more, which shows that the extremes reach the end."""
+    w, x = np.full((1, 8, 32), peak, np.int8), np.full((1, 8, 32), 127, np.int8)
+    assert (summed("neon", peak, w, x) == 32 * 127 * peak).all()
+    assert (summed("neon", peak // 2, w, x) != 32 * 127 * peak).any()
+
+
 # -- lookup ----------------------------------------------------------------------------------------
 @pytest.mark.parametrize("lanes", [8, 16, 32, 64])
 @pytest.mark.parametrize("isa", kit.EMITTED)
@@ -112,6 +161,24 @@ def test_lookup(isa: str, lanes: int, rng: np.random.Generator) -> None:
 
     word(isa, emit, "iii")(index, out, len(index) // lanes)
     np.testing.assert_array_equal(out, np.array(table, np.int8)[index])
+
+
+# -- flags -----------------------------------------------------------------------------------------
+@pytest.mark.parametrize("lanes", [16, 32])
+@pytest.mark.parametrize("isa", kit.EMITTED)
+def test_flags(isa: str, lanes: int, rng: np.random.Generator) -> None:
+    bits, out = rng.integers(0, 256, 160).astype(np.uint8), np.zeros(1280, np.uint8)
+
+    def emit(e: Emit, source: Value, out: Value, count: Value) -> None:
+        def body(i: Value) -> None:
+            at = e.b.mul(i, e.i64(lanes // 8))
+            flags = e.isa.flags(e, e.load(ir.IntType(lanes), e.pointer(source), at))
+            e.store(flags, e.pointer(out), e.b.mul(i, e.i64(lanes)))
+
+        each_vector(e, count, body)
+
+    word(isa, emit, "iii")(bits, out, 8 * len(bits) // lanes)
+    np.testing.assert_array_equal(out, np.unpackbits(bits, bitorder="little"))
 
 
 # -- bits ----------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from llvmlite import ir
 
 from edgeq.blocks import BlockFormat, Field, Run
 from edgeq.errors import KernelError
-from edgeq.kernels.llvm import F16, F32, I1, I8, I16, I32, I64, Emit, Value, vector
+from edgeq.kernels.llvm import F16, F32, I8, I16, I32, I64, Emit, Value, vector
 
 __all__ = [
     "Coding",
@@ -125,8 +125,7 @@ def _run(e: Emit, run: Run, block: Value, first: int, count: int) -> Value:
     """i8[count] of the run's bits, by the cheapest way its layout allows."""
     places = [place_of(run, first + i) for i in range(count)]
     if run.bits == 1 and run.lanes == 1 and count % 8 == 0:
-        word = e.load(ir.IntType(count), block, places[0][0])
-        return e.b.zext(e.b.bitcast(word, vector(I1, count)), vector(I8, count))
+        return e.isa.flags(e, e.load(ir.IntType(count), block, places[0][0]))
     size = min(run.lanes, count)
     if size < 8:
         return _scattered(e, run, block, places)

@@ -1,7 +1,7 @@
 """Row kernels for few columns: a row of weights times one column of activations, read once, in
 order.
 
-Activations are int8 in the order of `kernels.order`, with a scale per 32 (`xd`) and their sums
+Activations are int8, in the order of `kernels.order` unless sums go across lanes, with a scale per 32 (`xd`) and their sums
 times that scale per group (`xs`), or plain f32 for float formats.
 """
 
@@ -9,9 +9,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from edgeq.blocks import BlockFormat
-from edgeq.kernels.codes import Coding, codes, coding, plain, scale_and_minimum
+from edgeq.kernels.codes import (
+    Coding,
+    block_scales,
+    codes,
+    coding,
+    integers,
+    plain,
+    scale_and_minimum,
+)
 from edgeq.kernels.llvm import F16, F32, I8, I16, I32, Emit, Value, vector
-from edgeq.kernels.order import STEP, codes_in_order, groups_of
+from edgeq.kernels.order import QUARTER, STEP, codes_in_order, groups_of
 
 __all__ = ["Column", "Reader", "floats_at", "row_dots"]
 
@@ -52,7 +60,8 @@ def row_dots(
         return _float_dots(e, fmt, row, [c.x for c in columns], cols)
     main = coding(fmt, e.isa)
     steps = e.b.udiv(cols, e.i64(main.weights))
-    totals = _steps(e, main, row, columns, steps)
+    total_of = _steps_across if e.isa.ACROSS else _steps
+    totals = total_of(e, main, row, columns, steps)
     if fmt.block == main.weights:
         return totals
     done = e.b.mul(steps, e.i64(main.weights))
@@ -61,7 +70,7 @@ def row_dots(
     row = row.further(e, e.b.mul(steps, e.i64(main.bytes)))
     d, s = (e.b.udiv(done, e.i64(n)) for n in (8, fmt.group // 4))
     rest = [Column(e.at(c.x, done), e.at(c.xd, d), e.at(c.xs, s)) for c in columns]
-    pairs = zip(totals, _steps(e, tail, row, rest, left), strict=True)
+    pairs = zip(totals, total_of(e, tail, row, rest, left), strict=True)
     return [e.b.fadd(total, more) for total, more in pairs]
 
 
@@ -145,6 +154,73 @@ def _sum(e: Emit, values: list[Value]) -> Value:
     total = values[0]
     for v in values[1:]:
         total = e.add(total, v)
+    return total
+
+
+# -- sums across lanes -----------------------------------------------------------------------------
+def _steps_across(
+    e: Emit, c: Coding, row: Reader, columns: Sequence[Column], count: Value
+) -> list[Value]:
+    """The same where groups are summed across lanes: a lane is a group then, and scales are vectors
+    as they are stored. Sub-scales multiply integers, so that a step has few scales.
+    """
+
+    def body(i: Value, totals: list[Value]) -> list[Value]:
+        step = e.at(row.w, e.b.mul(i, e.i64(c.bytes)))
+        e.prefetch(step, row.ahead, c.bytes)
+        d, m = scale_and_minimum(e, c, step)
+        sub = None
+        if "sc" in c.fmt.fields:
+            d = e.splat(e.lane(block_scales(e, c, "d", step), 0), c.weights // 32)
+            sub = integers(e, c, "sc", step)
+        w = [_centred(e, c, step, first) for first in range(0, c.weights, QUARTER)]
+        new = []
+        for column, total in zip(_here(e, c, columns, i), totals, strict=True):
+            if m is not None:
+                total = _add_minimums(e, m, e.load(m.type, column.xs), total)
+            new.append(e.fma(_part(e, c, w, sub, column), d, total))
+        return new
+
+    found = e.loop(count, [e.fill(F32, c.weights // 32, 0.0)] * len(columns), body)
+    return [e.halve_sum(total) for total in found]
+
+
+def _centred(e: Emit, c: Coding, step: Value, first: int) -> Value:
+    """i8[16] codes; beside sub-scales without their offset, which would have to be scaled too."""
+    v = codes(e, c, step, first, QUARTER)
+    own = c.offset and "sc" in c.fmt.fields
+    return e.b.add(v, e.fill(I8, QUARTER, c.offset)) if own else v
+
+
+def _part(e: Emit, c: Coding, w: list[Value], sub: Value | None, column: Column) -> Value:
+    """f32 lane per 32 weights: everything but the scale d."""
+    pairs = [(v, e.load(v.type, column.x, QUARTER * k)) for k, v in enumerate(w)]
+    per = c.fmt.group // QUARTER
+    counts = e.isa.sums(e, [pairs[k : k + per] for k in range(0, len(pairs), per)], _peak(c))
+    if sub is not None:
+        counts = e.b.mul(counts, sub)
+    if per == 1:
+        counts = e.b.add(*(e.pick(counts, range(k, c.groups, 2)) for k in (0, 1)))
+    n = counts.type.count
+    part = e.mul(e.floats(counts), e.load(vector(F32, n), column.xd))
+    if sub is None and c.offset:
+        part = e.fma(e.load(part.type, column.xs), e.fill(F32, n, c.offset), part)
+    return part
+
+
+def _peak(c: Coding) -> int:
+    """Largest magnitude of a code that `_centred` gives."""
+    if c.fmt.table:
+        return max(map(abs, c.fmt.table))
+    low, high = c.fmt.limits("q")
+    return max(-low, high) if "sc" in c.fmt.fields or c.signed else high - low
+
+
+def _add_minimums(e: Emit, m: Value, xs: Value, total: Value) -> Value:
+    n = total.type.count
+    for k in range(0, m.type.count, n):
+        lanes = range(k, k + n)
+        total = e.fma(e.pick(m, lanes), e.pick(xs, lanes), total)
     return total
 
 

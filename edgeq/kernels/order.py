@@ -1,4 +1,4 @@
-"""The order in which row kernels see weights and activations.
+"""The order in which row kernels see weights and activations where sums stay in their lanes.
 
 A step is 256 weights: eight parts of 32 with two halves of four words, a word being four weights.
 With the bits of part p and word i counted from the low end, words are ordered by (p0, i1, p1, half,

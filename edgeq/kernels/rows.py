@@ -203,10 +203,11 @@ def quantize_row(
     """f32[32·groups] → int8 with one scale per 32 (largest magnitude / 127, round half to even).
 
     span = (low, middle, high): of a row, the groups low .. high - 1; with one column, those before
-    `middle` are in whole steps of 256, whose words `kernels.order` permutes. out: pointers (q, d,
-    sums16, sums32, ints16, ints32), interleaved for tiles of `columns` columns and standing at this
-    row's column: q words of four [cols/4][columns]; d f32 [cols/32][columns]; sums of 16 and of 32
-    codes [cols/16 or cols/32][columns], as f32 times their scale and as i32 with the sign turned.
+    `middle` are in whole steps of 256, whose words `kernels.order` permutes unless sums go across
+    lanes. out: pointers (q, d, sums16, sums32, ints16, ints32), interleaved for tiles of `columns`
+    columns and standing at this row's column: q words of four [cols/4][columns]; d f32
+    [cols/32][columns]; sums of 16 and of 32 codes [cols/16 or cols/32][columns], as f32 times their
+    scale and as i32 with the sign turned.
     """
     q, d, *sums = out
     low, middle, high = span
@@ -237,7 +238,9 @@ def quantize_row(
         group(i, e.at(q, e.b.mul(i, e.i64(32 * columns))), range(0, 32 * columns, 4 * columns))
         return []
 
-    if columns == 1:
+    if e.isa.ACROSS:
+        middle = low
+    elif columns == 1:
         e.loop(e.b.sub(middle, low), [], in_order)
     e.loop(e.b.sub(high, middle), [], as_it_is)
 

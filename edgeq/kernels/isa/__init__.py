@@ -1,8 +1,9 @@
 """Instruction sets: one file each, chosen once per process.
 
 A module states its NAME, its RANK among those a machine can run, the features it NEEDS (LLVM's
-names), the CPU that EDGEQ_ISA compiles for, and the words: `dot`, `lookup`, `shifted`, `from_f16`,
-`to_f16`, `pause`.
+names), the CPU that EDGEQ_ISA compiles for, and the words: `dot`, `lookup`, `shifted`, `flags`,
+`from_f16`, `to_f16`, `pause`. Where neighbouring lanes are added cheaply (`ACROSS`) rows keep their
+own order, and there is a word more: `sums`.
 """
 
 import os

@@ -14,8 +14,9 @@ CPU = {"x86_64": "haswell"}
 WIDTH = 32
 TILE_COLS = 4
 OFFSET = 0
+ACROSS = False
 
-shifted = portable.shifted
+flags, shifted = portable.flags, portable.shifted
 
 
 def dot(e: Emit, acc: Value, w: Value, x: Value, signed: bool) -> Value:

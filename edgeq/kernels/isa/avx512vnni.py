@@ -4,10 +4,10 @@ from collections.abc import Sequence
 
 from edgeq.kernels import isa as isas
 from edgeq.kernels.isa import avx2, avxvnni
-from edgeq.kernels.isa.avx2 import from_f16, pause, to_f16
+from edgeq.kernels.isa.avx2 import flags, from_f16, pause, to_f16
 from edgeq.kernels.llvm import I8, I32, Emit, Value, vector
 
-__all__ = ["dot", "from_f16", "lookup", "pause", "shifted", "to_f16"]
+__all__ = ["dot", "flags", "from_f16", "lookup", "pause", "shifted", "to_f16"]
 
 NAME = "avx512vnni"
 RANK = 40
@@ -16,6 +16,7 @@ CPU = {"x86_64": "icelake-server"}
 WIDTH = 64
 TILE_COLS = 8
 OFFSET = 128
+ACROSS = False
 
 
 def dot(e: Emit, acc: Value, w: Value, x: Value, signed: bool) -> Value:

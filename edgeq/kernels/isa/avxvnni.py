@@ -1,10 +1,10 @@
 """x86-64 with AVX-VNNI: 256-bit byte dot products (Alder Lake, Gracemont, Zen 5 and later)."""
 
 from edgeq.kernels.isa import portable
-from edgeq.kernels.isa.avx2 import from_f16, lookup, pause, shifted, to_f16
+from edgeq.kernels.isa.avx2 import flags, from_f16, lookup, pause, shifted, to_f16
 from edgeq.kernels.llvm import I32, Emit, Value, vector
 
-__all__ = ["dot", "from_f16", "lookup", "pause", "shifted", "to_f16"]
+__all__ = ["dot", "flags", "from_f16", "lookup", "pause", "shifted", "to_f16"]
 
 NAME = "avxvnni"
 RANK = 30
@@ -13,6 +13,7 @@ CPU = {"x86_64": "alderlake"}
 WIDTH = 32
 TILE_COLS = 4
 OFFSET = 128  # vpdpbusd multiplies unsigned by signed bytes: signed codes are shifted up
+ACROSS = False
 
 
 def dot(e: Emit, acc: Value, w: Value, x: Value, signed: bool) -> Value:

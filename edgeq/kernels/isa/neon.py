@@ -1,6 +1,7 @@
 """64-bit Arm without the dot-product extension (Cortex-A53, A72: Raspberry Pi 3, 4, Zero 2 W)."""
 
 from collections.abc import Sequence
+from functools import reduce
 
 from llvmlite import ir
 
@@ -14,6 +15,7 @@ CPU = {"aarch64": "cortex-a72"}
 WIDTH = 16
 TILE_COLS = 8
 OFFSET = 0
+ACROSS = True
 
 shifted = portable.shifted
 
@@ -22,13 +24,53 @@ def dot(e: Emit, acc: Value, w: Value, x: Value, signed: bool) -> Value:
     """smull, smull2, addp, sadalp. Two products fit 16 bits: |w| <= 128 and |x| <= 127."""
     if w.type.count != WIDTH:
         return portable.dot(e, acc, w, x, signed)
-    halves = []
-    for part in (range(8), range(8, 16)):
-        args = [e.pick(w, part), e.pick(x, part)]
-        halves.append(e.call("llvm.aarch64.neon.smull.v8i16", vector(I16, 8), args))
-    pairs = e.call("llvm.aarch64.neon.addp.v8i16", vector(I16, 8), halves)
-    quads = e.call("llvm.aarch64.neon.saddlp.v4i32.v8i16", vector(I32, 4), [pairs])
-    return e.b.add(acc, quads)
+    halves = [_products(e, w, x, part) for part in (range(8), range(8, 16))]
+    return e.b.add(acc, _wide_pairs(e, pairs(e, *halves)))
+
+
+def sums(e: Emit, groups: Sequence[Sequence[tuple[Value, Value]]], peak: int) -> Value:
+    """i32[groups]: sums over each group's w·x (i8[16] each), |w| <= peak and |x| <= 127.
+
+    smull and smlal as long as products fit 16 bits, and so with addp between groups; then sadalp.
+    """
+    fits = 32767 // (127 * peak)  # products in a lane of 16 bits
+    held = [_chained(e, group, fits // 2) for group in groups]
+    count = 2 * len(groups[0])  # products in a lane, unless it is of 32 bits
+    spread = held[0].type.count  # lanes of a group
+    while spread > 1:
+        if held[0].type.element == I16 and 2 * count > fits:
+            held = [_wide_pairs(e, v) for v in held]
+        else:
+            held = [pairs(e, a, b) for a, b in zip(held[::2], held[1::2] or held, strict=True)]
+        count, spread = 2 * count, spread // 2
+    return e.pick(e.widen(e.join(held), I32, signed=True), range(len(groups)))
+
+
+def _chained(e: Emit, group: Sequence[tuple[Value, Value]], most: int) -> Value:
+    """i16[8] of a group if at most so many vectors make it up, else i32[4]."""
+    chains = []
+    for first in range(0, len(group), most):
+        some = group[first : first + most]
+        halves = [_products(e, *pair, part) for pair in some for part in (range(8), range(8, 16))]
+        chains.append(reduce(e.b.add, halves))
+    wide = chains if len(chains) == 1 else [_wide_pairs(e, chain) for chain in chains]
+    return reduce(e.b.add, wide)
+
+
+def _products(e: Emit, w: Value, x: Value, part: Sequence[int]) -> Value:
+    """i16[8]: products of eight of the lanes."""
+    args = [e.pick(w, part), e.pick(x, part)]
+    return e.call("llvm.aarch64.neon.smull.v8i16", vector(I16, 8), args)
+
+
+def pairs(e: Emit, a: Value, b: Value) -> Value:
+    """Sums of two neighbours of a, then of b."""
+    return e.call(f"llvm.aarch64.neon.addp.v{a.type.count}i{a.type.element.width}", a.type, [a, b])
+
+
+def _wide_pairs(e: Emit, v: Value) -> Value:
+    """i32[4]: sums of two neighbours of i16[8]."""
+    return e.call("llvm.aarch64.neon.saddlp.v4i32.v8i16", vector(I32, 4), [v])
 
 
 def lookup(e: Emit, table: Sequence[int], index: Value) -> Value:
@@ -37,6 +79,15 @@ def lookup(e: Emit, table: Sequence[int], index: Value) -> Value:
         return portable.lookup(e, table, index)
     args = [e.const(I8, list(table)), index]
     return e.call("llvm.aarch64.neon.tbl1.v16i8", index.type, args)
+
+
+def flags(e: Emit, word: Value) -> Value:
+    """Each byte eight times, then a bit of each tested."""
+    n = word.type.width
+    spread = e.pick(e.b.bitcast(word, vector(I8, n // 8)), [k // 8 for k in range(n)])
+    found = e.b.and_(spread, e.const(I8, [1 << k % 8 for k in range(n)]))
+    zero = e.fill(I8, n, 0)
+    return e.b.zext(e.b.icmp_unsigned("!=", found, zero), zero.type)
 
 
 def from_f16(e: Emit, v: Value) -> Value:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from edgeq.kernels.llvm import F16, F32, I8, I16, I32, Emit, Value, vector
+from edgeq.kernels.llvm import F16, F32, I1, I8, I16, I32, Emit, Value, vector
 
 NAME = "portable"
 RANK = 0
@@ -11,6 +11,7 @@ CPU = {"x86_64": "x86-64", "aarch64": "generic"}  # what EDGEQ_ISA compiles for
 WIDTH = 16  # bytes per vector register
 TILE_COLS = 4  # columns that a register tile of the prefill kernel multiplies at once
 OFFSET = 0  # added to signed 8-bit codes before `dot`
+ACROSS = False  # whether rows keep their own order, and `sums` goes across lanes
 
 
 def dot(e: Emit, acc: Value, w: Value, x: Value, signed: bool) -> Value:
@@ -42,6 +43,12 @@ def shifted(e: Emit, v: Value, shifts: Sequence[int], mask: int, low: int) -> Va
     words = e.b.lshr(words, e.const(I32, list(shifts)))
     found = e.b.and_(e.b.bitcast(words, v.type), e.fill(I8, v.type.count, mask))
     return e.b.shl(found, e.fill(I8, v.type.count, low)) if low else found
+
+
+def flags(e: Emit, word: Value) -> Value:
+    """i8 lanes 0 or 1 of the bits of an integer, from the low end."""
+    n = word.type.width
+    return e.b.zext(e.b.bitcast(word, vector(I1, n)), vector(I8, n))
 
 
 def from_f16(e: Emit, v: Value) -> Value:
