@@ -123,7 +123,9 @@ def inputs(
         return {"x": place(full), "xd": nothing, "xs": nothing}, x.astype(np.float64)
     codes = kit.quantize(x)
     arrays = {
-        "x": kit.in_order(codes.q, isa) if columns == 1 else kit.interleaved(codes.q, columns, 4),
+        "x": kit.in_order(codes.q, isa)
+        if columns == 1
+        else kit.interleaved(codes.q, columns, isas.modules()[isa].UNIT),
         "xd": kit.interleaved(codes.d, columns),
         "xs": kit.interleaved(_sums(codes, fmt, lanes), columns),
     }
@@ -241,7 +243,8 @@ def check_codes(isa: str, h: np.ndarray, columns: int, parts: dict[str, np.ndarr
     q, d = parts["q"].view(np.int8), parts["d"]
     tokens, expected = len(h), kit.quantize(h)
     wanted = kit.in_order(expected.q, isa) if columns == 1 else expected.q
-    np.testing.assert_array_equal(kit.separated(q, columns, tokens, 4), wanted)
+    unit = isas.modules()[isa].UNIT
+    np.testing.assert_array_equal(kit.separated(q, columns, tokens, unit), wanted)
     np.testing.assert_array_equal(kit.separated(d, columns, tokens), expected.d)
     for group in (16, 32):
         whole = kit.separated(parts[f"ints{group}"].view(np.int32), columns, tokens)
@@ -250,7 +253,8 @@ def check_codes(isa: str, h: np.ndarray, columns: int, parts: dict[str, np.ndarr
         limit = 2e-7 * np.repeat(expected.d, 32 // group, axis=1) * 127 * group
         assert (np.abs(got - expected.sums(group)) <= limit).all()
     spare = -tokens % columns  # columns without a token stay as they were
-    assert (kit.separated(q.view(np.float32), columns, tokens + spare)[tokens:] == MARK).all()
+    there = kit.separated(q.view(np.float32), columns, tokens + spare, unit // 4)
+    assert (there[tokens:] == MARK).all()
     assert (kit.separated(d, columns, tokens + spare)[tokens:] == MARK).all()
 
 

@@ -104,6 +104,7 @@ def prepare_part(isa: ModuleType, columns: int) -> Any:
     from numba import njit
 
     square_sum, norm, gate, quantize = _row_functions(isa, columns)
+    unit = isa.UNIT
 
     @njit(nogil=True, error_model="numpy", forceinline=True)
     def part(args, own, first, last, low, high):
@@ -136,7 +137,7 @@ def prepare_part(isa: ModuleType, columns: int) -> Any:
                     low,
                     middle,
                     high,
-                    load(args, Q) + own + g * 32 + column * 4,
+                    load(args, Q) + own + g * 32 + column * unit,
                     load(args, D) + one,
                     load(args, SUMS16) + two,
                     load(args, SUMS32) + one,

@@ -1,8 +1,8 @@
 """Row kernels for few columns: a row of weights times one column of activations, read once, in
 order.
 
-Activations are int8, in the order of `kernels.order` unless sums go across lanes, with a scale per 32 (`xd`) and their sums
-times that scale per group (`xs`), or plain f32 for float formats.
+Activations are int8 (in the order of `kernels.order` unless sums go across lanes) with a scale per
+32 (`xd`) and their sums times that scale per group (`xs`), or plain f32 for float formats.
 """
 
 from collections.abc import Sequence

@@ -1,7 +1,8 @@
 """Panels of rows, unpacked once to be multiplied with every column and then discarded.
 
-A panel holds R rows, one per 32-bit lane of a vector: codes as words of four [cols/4][R], scales
-f32 [cols/span][R], and either minimums f32 [cols/group][R] or sub-scales i32 [cols/group][R].
+A panel holds R rows, one per 32-bit lane of a vector: codes [cols/UNIT][R][UNIT], where UNIT is
+four (a word per lane) or 32 (all of a step), scales f32 [cols/span][R], and either minimums f32
+[cols/group][R] or sub-scales i32 [cols/group][R].
 """
 
 from dataclasses import dataclass
@@ -27,6 +28,17 @@ class Lanes:
     folded: int  # 1 or -1: codes are multiplied with the sub-scale, or with its negative
     signed: bool
     shift: int  # 0: codes are what they stand for
+
+    @property
+    def centred(self) -> bool:
+        """Whether codes are unpacked without their offset, so that they are signed."""
+        return not self.folded and not self.shift and self.coding.offset != 0
+
+    @property
+    def peak(self) -> int:
+        """Largest magnitude of a signed lane."""
+        fmt = self.coding.fmt
+        return max(map(abs, _products(fmt) if self.folded else fmt.table or fmt.limits("q")))
 
     @property
     def nested(self) -> bool:
@@ -59,14 +71,19 @@ def lanes_of(fmt: BlockFormat, isa: ModuleType, *, tail: bool = False) -> Lanes:
     """How `fmt` is laid out in panels of an instruction set."""
     c = coding(fmt, isa, tail=tail)
     if fmt.group == 32:
-        return Lanes(c, 0, c.signed, _log2(-c.offset))
+        return _as_stored(c, isa)
     products = _products(fmt)
     if min(products) >= 0 and max(products) < 128:
         return Lanes(c, 1, False, 0)
     for sign in (1, -1):
         if all(-128 <= sign * p < 128 for p in products):
             return Lanes(c, sign, not isa.OFFSET, _log2(isa.OFFSET))
-    return Lanes(c, 0, c.signed, _log2(-c.offset))
+    return _as_stored(c, isa)
+
+
+def _as_stored(c: Coding, isa: ModuleType) -> Lanes:
+    """Codes without their sub-scales: unsigned, but on Arm, where both kinds multiply alike."""
+    return Lanes(c, 0, True, 0) if isa.ACROSS else Lanes(c, 0, c.signed, _log2(-c.offset))
 
 
 def _products(fmt: BlockFormat) -> list[int]:
@@ -147,17 +164,27 @@ def _unpack_steps(
                     e.store(values, spot, start)
             return []
 
-        def row_codes(r: Value, _: list[Value]) -> list[Value]:
-            source = e.at(row_at(e, w, stride, r, rows), offset)
-            _decode_row(e, p, source, e.at(buf, e.b.mul(r, e.i64(c.weights))))
-            return []
-
         e.loop(lanes, [], row_scales)
         for start, count, place in zip(starts, counts, places, strict=True):
             _transpose_words(e, e.at(buf, start), c.weights, count, place)
-        e.loop(lanes, [], row_codes)
+
+        def unpack(out: Value, apart: int, unit: int) -> None:
+            """Rows `apart` bytes from each other, their units of 32 codes `unit` bytes."""
+
+            def row_codes(r: Value, _: list[Value]) -> list[Value]:
+                source = e.at(row_at(e, w, stride, r, rows), offset)
+                _decode_row(e, p, source, e.at(out, e.b.mul(r, e.i64(apart))), unit)
+                return []
+
+            e.loop(lanes, [], row_codes)
+
+        if e.isa.UNIT == 4:
+            unpack(buf, c.weights, 32)
         target = e.at(panel, e.b.mul(column, e.i64(lanes)))
-        _transpose_words(e, buf, c.weights, c.weights // 4, target)
+        if e.isa.UNIT == 4:
+            _transpose_words(e, buf, c.weights, c.weights // 4, target)
+        else:
+            unpack(target, 32, 32 * lanes)
         return []
 
     e.loop(count, [], step)
@@ -180,7 +207,8 @@ def _scales(e: Emit, p: Lanes, source: Value) -> tuple[Value, Value | None]:
     return d, integers(e, c, "sc", source)
 
 
-def _decode_row(e: Emit, p: Lanes, source: Value, buf: Value) -> None:
+def _decode_row(e: Emit, p: Lanes, source: Value, out: Value, unit: int) -> None:
+    """Codes of a step of a row, `unit` bytes from 32 of them to the next."""
     c = p.coding
     width = min(e.isa.WIDTH, c.weights)
     factors = integers(e, c, "sc", source) if p.folded else None
@@ -188,7 +216,9 @@ def _decode_row(e: Emit, p: Lanes, source: Value, buf: Value) -> None:
         v = codes(e, c, source, k, width)
         if factors is not None:
             v = _folded(e, p, v, e.pick(factors, [(k + i) // 16 for i in range(width)]))
-        e.store(v, buf, k)
+        elif p.centred:
+            v = e.b.add(v, e.fill(I8, width, c.offset))
+        e.store(v, out, k // 32 * unit + k % 32)
 
 
 def _folded(e: Emit, p: Lanes, v: Value, factors: Value) -> Value:

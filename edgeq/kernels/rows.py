@@ -205,7 +205,7 @@ def quantize_row(
     span = (low, middle, high): of a row, the groups low .. high - 1; with one column, those before
     `middle` are in whole steps of 256, whose words `kernels.order` permutes unless sums go across
     lanes. out: pointers (q, d, sums16, sums32, ints16, ints32), interleaved for tiles of `columns`
-    columns and standing at this row's column: q words of four [cols/4][columns]; d f32
+    columns and standing at this row's column: q [cols/UNIT][columns][UNIT]; d f32
     [cols/32][columns]; sums of 16 and of 32 codes [cols/16 or cols/32][columns], as f32 times their
     scale and as i32 with the sign turned.
     """
@@ -235,7 +235,9 @@ def quantize_row(
 
     def as_it_is(i: Value, _: list[Value]) -> list[Value]:
         i = e.b.add(middle, i)
-        group(i, e.at(q, e.b.mul(i, e.i64(32 * columns))), range(0, 32 * columns, 4 * columns))
+        unit = e.isa.UNIT
+        words = [k // unit * unit * columns + k % unit for k in range(0, 32, 4)]
+        group(i, e.at(q, e.b.mul(i, e.i64(32 * columns))), words)
         return []
 
     if e.isa.ACROSS:

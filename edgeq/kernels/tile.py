@@ -1,7 +1,7 @@
 """Register tiles: a panel of rows times a few columns, with all sums in registers.
 
-A tile has R rows (see panel.py) and TILE_COLS columns, whose activations lie [cols/4][TILE_COLS]
-words of four.
+A tile has R rows (see panel.py) and TILE_COLS columns, whose activations lie
+[cols/UNIT][TILE_COLS][UNIT] as the panel's codes do.
 """
 
 from collections.abc import Callable
@@ -99,6 +99,8 @@ class _Tile:
     def _dots(self, i: Value, per: int, g: int) -> list[Value]:
         """i32[R] per column: dot products over part g of `per` of the step."""
         e, n, rows = self.e, self.columns, self.rows
+        if e.isa.UNIT == 32:
+            return self._sums(i, 32 // per, 32 // per * g)
         acc = [self._start(i, t, per, g) for t in range(n)]
         panel = e.at(self.panel, e.b.mul(i, e.i64(32 * rows)))
         x = e.at(self.x, e.b.mul(i, e.i64(32 * n)))
@@ -108,6 +110,19 @@ class _Tile:
                 word = e.splat(e.load(I32, x, 4 * (n * k + t)), rows)
                 acc[t] = e.isa.dot(e, acc[t], w, e.b.bitcast(word, w.type), self.lanes.signed)
         return acc
+
+    def _sums(self, i: Value, count: int, first: int) -> list[Value]:
+        """The same where codes of a row lie together: those from `first` on of the step."""
+        e = self.e
+
+        def codes(base: Value, n: int) -> list[list[Value]]:
+            start = e.at(base, e.b.mul(i, e.i64(32 * n)))
+            places = range(first, first + count, 16)
+            return [[e.load(vector(I8, 16), start, 32 * k + at) for at in places] for k in range(n)]
+
+        rows, columns = codes(self.panel, self.rows), codes(self.x, self.columns)
+        each = [[list(zip(w, x, strict=True)) for w in rows] for x in columns]
+        return [e.isa.sums(e, groups, self.lanes.peak) for groups in each]
 
     def _start(self, i: Value, t: int, per: int, g: int) -> Value:
         """What makes up for codes that are shifted up: -2^shift times the sum of activations."""

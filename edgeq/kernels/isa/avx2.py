@@ -13,6 +13,7 @@ NEEDS = frozenset({"avx2", "fma", "f16c"})
 CPU = {"x86_64": "haswell"}
 WIDTH = 32
 TILE_COLS = 4
+UNIT = 4
 OFFSET = 0
 ACROSS = False
 

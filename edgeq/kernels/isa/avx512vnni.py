@@ -15,6 +15,7 @@ NEEDS = frozenset({"avx512f", "avx512bw", "avx512vl", "avx512vnni", "fma", "f16c
 CPU = {"x86_64": "icelake-server"}
 WIDTH = 64
 TILE_COLS = 8
+UNIT = 4
 OFFSET = 128
 ACROSS = False
 

@@ -12,6 +12,7 @@ NEEDS = frozenset({"avx2", "fma", "f16c", "avxvnni"})
 CPU = {"x86_64": "alderlake"}
 WIDTH = 32
 TILE_COLS = 4
+UNIT = 4
 OFFSET = 128  # vpdpbusd multiplies unsigned by signed bytes: signed codes are shifted up
 ACROSS = False
 

@@ -14,6 +14,7 @@ NEEDS = frozenset({"neon", "dotprod"})
 CPU = {"aarch64": "cortex-a76"}
 WIDTH = 16
 TILE_COLS = 8
+UNIT = 4
 OFFSET = 0
 ACROSS = True
 

@@ -14,6 +14,7 @@ NEEDS = frozenset({"neon"})
 CPU = {"aarch64": "cortex-a72"}
 WIDTH = 16
 TILE_COLS = 8
+UNIT = 32
 OFFSET = 0
 ACROSS = True
 

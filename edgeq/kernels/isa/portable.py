@@ -10,6 +10,7 @@ NEEDS: frozenset[str] = frozenset()
 CPU = {"x86_64": "x86-64", "aarch64": "generic"}  # what EDGEQ_ISA compiles for
 WIDTH = 16  # bytes per vector register
 TILE_COLS = 4  # columns that a register tile of the prefill kernel multiplies at once
+UNIT = 4  # codes of a row or column that lie together in a panel
 OFFSET = 0  # added to signed 8-bit codes before `dot`
 ACROSS = False  # whether rows keep their own order, and `sums` goes across lanes
 
