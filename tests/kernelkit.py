@@ -76,7 +76,7 @@ def host_machine(isa: ModuleType, cpu: str | None = None) -> llvm.TargetMachine:
     if cpu is None and isa.NAME != BEST:
         cpu = isa.CPU[isas.machine()]
     if cpu is None or cpu == "host":
-        cpu, features = llvm.get_host_cpu_name(), llvm.get_host_cpu_features().flatten()
+        cpu, features = isas.target(isas.modules()[BEST])
         return target.create_target_machine(cpu=cpu, features=features, opt=3, jit=True)
     return target.create_target_machine(cpu=cpu, opt=3, jit=True)
 

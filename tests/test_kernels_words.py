@@ -251,7 +251,9 @@ def assert_same_bits(got: np.ndarray, expected: np.ndarray) -> None:
 @pytest.mark.parametrize("isa", kit.EMITTED)
 def test_every_half_becomes_its_f32(isa: str, lanes: int) -> None:
     halves = HALVES.view(np.float16)
-    assert_same_bits(convert(isa, lanes, halves), halves.astype(np.float32))
+    with np.errstate(invalid="ignore"):  # Arm's conversion reports signalling NaNs
+        expected = halves.astype(np.float32)
+    assert_same_bits(convert(isa, lanes, halves), expected)
 
 
 def awkward_floats(rng: np.random.Generator) -> np.ndarray:

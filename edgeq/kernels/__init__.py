@@ -105,9 +105,7 @@ def _child(names: list[str], errors: IO[str], isa: ModuleType) -> subprocess.Pop
     module = ["-P", "-m", "edgeq.kernels.compile"]
     command = [sys.executable, *module, str(cache.folder(isa)), *names]
     env = {**os.environ, "EDGEQ_ISA": isa.NAME, "PYTHONPATH": _search_path()}
-    if os.environ.get("EDGEQ_ISA"):
-        env.setdefault("NUMBA_CPU_NAME", isa.CPU[isas.machine()])
-        env.setdefault("NUMBA_CPU_FEATURES", "")
+    env["NUMBA_CPU_NAME"], env["NUMBA_CPU_FEATURES"] = isas.target(isa)
     return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=errors, text=True)
 
 

@@ -23,6 +23,7 @@ from typing import Any
 
 from edgeq.data import find
 from edgeq.errors import KernelError
+from edgeq.kernels import isa as isas
 
 __all__ = ["Loader", "folder", "read", "recall", "remember", "root", "write"]
 
@@ -82,7 +83,7 @@ def _digest(isa: ModuleType) -> str:
     blocks = [here.parent / "blocks.py", here.parent / "blockformat.py"]
     for path in sorted([*here.rglob("*.py"), *find("formats").glob("*.toml"), *blocks]):
         digest.update(path.read_bytes())
-    facts = [isa.NAME, sys.version.split()[0], *(_version(name) for name in ("llvmlite", "numba"))]
+    facts = [isa.NAME, isas.machine(), sys.version.split()[0], *(_version(name) for name in ("llvmlite", "numba"))]
     facts += [llvm.get_host_cpu_name(), llvm.get_host_cpu_features().flatten()]
     facts += [os.environ.get(name, "") for name in ("NUMBA_CPU_NAME", "NUMBA_CPU_FEATURES")]
     digest.update("\n".join(facts).encode())

@@ -6,8 +6,10 @@ names), the CPU that EDGEQ_ISA compiles for, and the words: `dot`, `lookup`, `sh
 own order, and there is a word more: `sums`.
 """
 
+import ctypes
 import os
 import platform
+import sys
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -15,7 +17,11 @@ from types import ModuleType
 
 from edgeq.errors import KernelError
 
-__all__ = ["available", "choose", "host_features", "modules"]
+__all__ = ["available", "choose", "host_features", "modules", "target"]
+
+# Where Linux tells a program what an Arm CPU has: vector entry and bit, by LLVM's name (Linux:
+# arch/arm64/include/uapi/asm/hwcap.h). /proc/cpuinfo is another machine's under an emulator.
+HWCAPS = {"dotprod": (16, 20), "i8mm": (26, 13)}
 
 
 @cache
@@ -30,7 +36,7 @@ def modules() -> dict[str, ModuleType]:
 def host_features() -> frozenset[str]:
     """LLVM's names of the features of this CPU.
 
-    On Arm the operating system may hide the list from LLVM: 64-bit Arm always has NEON.
+    On Arm LLVM knows only what /proc/cpuinfo says: 64-bit Arm always has NEON.
     """
     import llvmlite.binding as llvm
 
@@ -39,7 +45,7 @@ def host_features() -> frozenset[str]:
         return frozenset(f[1:] for f in given.split(",") if f.startswith("+"))
     features = {name for name, there in llvm.get_host_cpu_features().items() if there}
     if machine() == "aarch64":
-        features |= {"neon"} | ({"dotprod"} if "asimddp" in _proc_features() else set())
+        features |= {"neon"} | {name for name in HWCAPS if _has(*HWCAPS[name])}
     return frozenset(features)
 
 
@@ -49,13 +55,27 @@ def machine() -> str:
     return {"amd64": "x86_64", "arm64": "aarch64"}.get(name, name)
 
 
-def _proc_features() -> set[str]:
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return set()
-    lines = [line.partition(":")[2] for line in text.splitlines() if line.startswith("Features")]
-    return set(" ".join(lines).split())
+def _has(entry: int, bit: int) -> bool:
+    if sys.platform != "linux":
+        return False
+    auxiliary = ctypes.CDLL(None).getauxval
+    auxiliary.argtypes, auxiliary.restype = [ctypes.c_ulong], ctypes.c_ulong
+    return bool(auxiliary(entry) >> bit & 1)
+
+
+def target(isa: ModuleType) -> tuple[str, str]:
+    """LLVM's name of the CPU to compile for, and its features: what NUMBA_CPU_NAME and
+    NUMBA_CPU_FEATURES say; else, with EDGEQ_ISA, a CPU that has no more than the instruction set
+    needs; else this one.
+    """
+    import llvmlite.binding as llvm
+
+    name, features = (os.environ.get(f"NUMBA_CPU_{word}") for word in ("NAME", "FEATURES"))
+    if os.environ.get("EDGEQ_ISA"):
+        return name or isa.CPU[machine()], features or ""
+    # What LLVM does not see in a CPU that it does not know was found otherwise.
+    needed = [llvm.get_host_cpu_features().flatten(), *(f"+{need}" for need in sorted(isa.NEEDS))]
+    return name or llvm.get_host_cpu_name(), features or ",".join(filter(None, needed))
 
 
 def available() -> list[ModuleType]:
