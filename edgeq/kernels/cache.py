@@ -83,7 +83,8 @@ def _digest(isa: ModuleType) -> str:
     blocks = [here.parent / "blocks.py", here.parent / "blockformat.py"]
     for path in sorted([*here.rglob("*.py"), *find("formats").glob("*.toml"), *blocks]):
         digest.update(path.read_bytes())
-    facts = [isa.NAME, isas.machine(), sys.version.split()[0], *(_version(name) for name in ("llvmlite", "numba"))]
+    facts = [isa.NAME, isas.machine(), sys.version.split()[0]]
+    facts += [_version(name) for name in ("llvmlite", "numba")]
     facts += [llvm.get_host_cpu_name(), llvm.get_host_cpu_features().flatten()]
     facts += [os.environ.get(name, "") for name in ("NUMBA_CPU_NAME", "NUMBA_CPU_FEATURES")]
     digest.update("\n".join(facts).encode())

@@ -23,7 +23,9 @@ from pathlib import Path
 PROJECT = Path(__file__).resolve().parents[2] / "pyproject.toml"
 DEBIAN = ["base-files", "python3", "python3-venv", "libstdc++6"]
 TESTS = ("hypothesis", "pytest")  # of the development extras
-PLATFORMS = [f"manylinux_2_{minor}_aarch64" for minor in (17, 26, 27, 28)] + ["manylinux2014_aarch64"]
+PLATFORMS = [f"manylinux_2_{minor}_aarch64" for minor in (17, 26, 27, 28)] + [
+    "manylinux2014_aarch64"
+]
 EMULATOR = "usr/bin/qemu-aarch64-static"  # a link to one without -static since Debian 13
 
 APT = """
@@ -35,7 +37,7 @@ Dir::State::status "{home}/status";
 Dir::Cache "{home}/cache";
 """
 WRAPPER = """#!/bin/sh
-exec "{home}/{emulator}" -L "{home}/root" -0 "$0" "{home}/root/usr/bin/{python}" "$@"
+exec "{home}/{emulator}" -L "{home}/debian" -0 "$0" "{home}/debian/usr/bin/{python}" "$@"
 """
 
 
@@ -59,7 +61,7 @@ def main() -> None:
 def check() -> None:
     release = platform.freedesktop_os_release() if sys.platform == "linux" else {}
     if release.get("ID") != "debian":
-        fail(f"needs Debian, whose Arm packages are at hand: this is {release.get('ID', sys.platform)}")
+        fail(f"needs Debian and its Arm packages: this is {release.get('ID', sys.platform)}")
     if platform.machine() == "aarch64":
         fail("this machine is a 64-bit Arm: run tests and edgeq without it")
     missing = [tool for tool in ("apt-get", "dpkg", "dpkg-deb", "tar") if not shutil.which(tool)]
@@ -71,11 +73,11 @@ def check() -> None:
 
 def make(place: Path, home: Path) -> None:
     """Everything in `place`, as it must be when it is moved to `home`."""
-    root = place / "root"
+    root = place / "debian"
     for package in fetch(place / "apt"):
         if package.name.startswith("qemu-user"):
-            unpack = 'dpkg-deb --fsys-tarfile "$0" | tar -x -C "$1" --wildcards "./usr/bin/*aarch64*"'
-            command("sh", "-c", unpack, package, place)
+            only = "tar -x --wildcards './usr/bin/*aarch64*'"
+            command("sh", "-c", f'cd "$1" && dpkg-deb --fsys-tarfile "$0" | {only}', package, place)
         else:
             command("dpkg-deb", "-x", package, root)
     shutil.rmtree(place / "apt")
@@ -83,7 +85,7 @@ def make(place: Path, home: Path) -> None:
     site = place / "venv" / "lib" / python / "site-packages"
     wheels(site, python.removeprefix("python"))
     (place / "venv/bin").mkdir()
-    (place / "venv/pyvenv.cfg").write_text(f"home = {home}/root/usr/bin\n")
+    (place / "venv/pyvenv.cfg").write_text(f"home = {home}/debian/usr/bin\n")
     wrapper = place / "venv/bin/python"
     wrapper.write_text(WRAPPER.format(home=home, emulator=EMULATOR, python=python))
     wrapper.chmod(0o755)
