@@ -1,8 +1,8 @@
 """Panels of rows, unpacked once to be multiplied with every column and then discarded.
 
 A panel holds R rows, one per 32-bit lane of a vector: codes [cols/UNIT][R][UNIT], where UNIT is
-four (a word per lane) or 32 (all of a step), scales f32 [cols/span][R], and either minimums f32
-[cols/group][R] or sub-scales i32 [cols/group][R].
+four (a word per lane) or 32 (all of a step), scales f32 [cols/span][R], and minimums or sub-scales
+f32 [cols/group][R].
 """
 
 from dataclasses import dataclass
@@ -20,8 +20,8 @@ class Lanes:
     """What a panel's lanes stand for: w = scale · [sub-scale ·] (code - 2^shift) [+ minimum].
 
     Sub-scales for 16 weights would double the arithmetic on sums of 32. Where code times sub-scale
-    fits eight bits they are folded into the codes; else they are kept as integers, and two sums of
-    16 become one of 32 before anything is a float.
+    fits eight bits they are folded into the codes; else two sums of 16, times theirs, become one of
+    32 before the activations' scale is multiplied with it.
     """
 
     coding: Coding
@@ -196,7 +196,7 @@ def _scale_place(e: Emit, column: Value, span: int, lanes: int) -> Value:
 
 
 def _scales(e: Emit, p: Lanes, source: Value) -> tuple[Value, Value | None]:
-    """(scales f32, minimums f32 or sub-scales i32 or None) of one step of a row."""
+    """(scales, minimums or sub-scales or None), all f32, of one step of a row."""
     c = p.coding
     scale, minimum = scale_and_minimum(e, c, source)
     if c.fmt.group == 32:
@@ -204,7 +204,11 @@ def _scales(e: Emit, p: Lanes, source: Value) -> tuple[Value, Value | None]:
     d = block_scales(e, c, "d", source)
     if p.folded:
         return (e.b.fneg(d) if p.folded < 0 else d), minimum
-    return d, integers(e, c, "sc", source)
+    # Sums of 16 are seen alone, and in one with the next 16: the first with what it has more.
+    sub = integers(e, c, "sc", source)
+    n = sub.type.count
+    order = [n if k % 2 else k + 1 for k in range(n)]
+    return d, e.floats(e.b.sub(sub, e.pick(sub, order, e.fill(I32, n, 0))))
 
 
 def _decode_row(e: Emit, p: Lanes, source: Value, out: Value, unit: int) -> None:

@@ -51,9 +51,9 @@ class _Tile:
         """32 weights that share a scale."""
         e = self.e
         scale = self._vector(F32, self.a, i)
-        for t, dot in enumerate(self._integers(i)):
-            factor = e.mul(scale, self._spread(F32, self.xd, i, t))
-            sums[t] = e.fma(e.floats(dot), factor, sums[t])
+        dots, xd = self._counts(i), self._spread(F32, self.xd, i)
+        for t, (dot, x) in enumerate(zip(dots, xd, strict=True)):
+            sums[t] = e.fma(dot, e.mul(scale, x), sums[t])
         return self._minimums(i, sums)
 
     def block(self, n: Value, sums: list[Value]) -> list[Value]:
@@ -62,10 +62,8 @@ class _Tile:
 
         def inner(k: Value, carried: list[Value]) -> list[Value]:
             i = e.b.add(e.b.mul(n, e.i64(steps)), k)
-            parts = [
-                e.fma(e.floats(dot), self._spread(F32, self.xd, i, t), carried[t])
-                for t, dot in enumerate(self._integers(i))
-            ]
+            given = zip(self._counts(i), self._spread(F32, self.xd, i), carried[:columns])
+            parts = [e.fma(dot, x, part) for dot, x, part in given]
             return parts + self._minimums(i, carried[columns:])
 
         zeros = [e.fill(F32, self.rows, 0.0)] * columns
@@ -80,35 +78,35 @@ class _Tile:
         per = 32 // self.lanes.coding.fmt.group
         for g in range(per if self.lanes.minimum else 0):
             least = self._vector(F32, self.b, i, per, g)
-            sums = [
-                self.e.fma(least, self._spread(F32, self.xs, i, t, per, g), total)
-                for t, total in enumerate(sums)
-            ]
+            given = self._spread(F32, self.xs, i, per, g)
+            sums = [self.e.fma(least, x, total) for x, total in zip(given, sums, strict=True)]
         return sums
 
-    def _integers(self, i: Value) -> list[Value]:
-        """i32[R] per column: sums over 32 weights, with their sub-scales."""
+    def _counts(self, i: Value) -> list[Value]:
+        """f32[R] per column: integer sums over 32 weights, with their sub-scales."""
+        e, count = self.e, self.e.isa.counted
         if not self.lanes.nested:
-            return self._dots(i, 1, 0)
-        parts = []
-        for g in range(2):
-            factor = self._vector(I32, self.b, i, 2, g)
-            parts.append([self.e.b.mul(dot, factor) for dot in self._dots(i, 2, g)])
-        return [self.e.b.add(low, high) for low, high in zip(*parts, strict=True)]
+            return [count(e, dot) for dot in self._dots(i, self._starts(i), 1, 0)]
+        part = self._dots(i, self._starts(i, 2), 2, 0)
+        whole = self._dots(i, self._starts(i, 2, 1, part), 2, 1)
+        change, factor = (self._vector(F32, self.b, i, 2, g) for g in range(2))
+        scaled = [e.mul(count(e, dot), change) for dot in part]
+        return [e.fma(count(e, dot), factor, low) for dot, low in zip(whole, scaled, strict=True)]
 
-    def _dots(self, i: Value, per: int, g: int) -> list[Value]:
-        """i32[R] per column: dot products over part g of `per` of the step."""
+    def _dots(self, i: Value, acc: list[Value], per: int, g: int) -> list[Value]:
+        """i32[R] per column: acc + dot products over part g of `per` of the step."""
         e, n, rows = self.e, self.columns, self.rows
         if e.isa.UNIT == 32:
-            return self._sums(i, 32 // per, 32 // per * g)
-        acc = [self._start(i, t, per, g) for t in range(n)]
+            return list(map(e.b.add, acc, self._sums(i, 32 // per, 32 // per * g)))
         panel = e.at(self.panel, e.b.mul(i, e.i64(32 * rows)))
         x = e.at(self.x, e.b.mul(i, e.i64(32 * n)))
         for k in range(8 * g // per, 8 * (g + 1) // per):
             w = e.load(vector(I8, 4 * rows), panel, 4 * rows * k)
-            for t in range(n):
-                word = e.splat(e.load(I32, x, 4 * (n * k + t)), rows)
-                acc[t] = e.isa.dot(e, acc[t], w, e.b.bitcast(word, w.type), self.lanes.signed)
+            words = e.isa.spread(e, I32, e.at(x, 4 * n * k), n, rows)
+            acc = [
+                e.isa.dot(e, total, w, e.b.bitcast(word, w.type), self.lanes.signed)
+                for total, word in zip(acc, words, strict=True)
+            ]
         return acc
 
     def _sums(self, i: Value, count: int, first: int) -> list[Value]:
@@ -124,12 +122,21 @@ class _Tile:
         each = [[list(zip(w, x, strict=True)) for w in rows] for x in columns]
         return [e.isa.sums(e, groups, self.lanes.peak) for groups in each]
 
-    def _start(self, i: Value, t: int, per: int, g: int) -> Value:
-        """What makes up for codes that are shifted up: -2^shift times the sum of activations."""
-        if not self.lanes.shift:
-            return self.e.fill(I32, self.rows, 0)
-        negative = self._spread(I32, self.xs, i, t, per, g)
-        return self.e.b.shl(negative, self.e.fill(I32, self.rows, self.lanes.shift))
+    def _starts(
+        self, i: Value, per: int = 1, g: int = 0, before: list[Value] | None = None
+    ) -> list[Value]:
+        """What makes up for codes that are shifted up: -2^shift times the sum of activations; to be
+        added to the sum that went before.
+        """
+        e = self.e
+        if self.lanes.shift:
+            by = e.fill(I32, self.rows, self.lanes.shift)
+            shifted = [e.b.shl(sums, by) for sums in self._spread(I32, self.xs, i, per, g)]
+            return shifted if before is None else list(map(e.b.add, before, shifted))
+        if before is not None:
+            return before
+        scales = e.at(self.xd, e.b.mul(i, e.i64(4 * self.columns)))
+        return list(e.isa.starts(e, scales, self.columns, self.rows))
 
     def _vector(self, kind: ir.Type, base: Value, i: Value, per: int = 1, g: int = 0) -> Value:
         """One value per row: entry g of the `per` entries of step i."""
@@ -137,12 +144,12 @@ class _Tile:
         return e.load(vector(kind, self.rows), e.at(base, e.b.mul(i, e.i64(per * size))), size * g)
 
     def _spread(
-        self, kind: ir.Type, base: Value, i: Value, t: int, per: int = 1, g: int = 0
-    ) -> Value:
-        """Column t's value, in all lanes."""
+        self, kind: ir.Type, base: Value, i: Value, per: int = 1, g: int = 0
+    ) -> list[Value]:
+        """Of each column its value, in all lanes."""
         e, n = self.e, self.columns
         source = e.at(base, e.b.mul(i, e.i64(per * 4 * n)))
-        return e.splat(e.load(kind, source, 4 * (n * g + t)), self.rows)
+        return e.isa.spread(e, kind, e.at(source, 4 * n * g), n, self.rows)
 
 
 # -- float formats ---------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ OFFSET = 0
 ACROSS = False
 
 flags, shifted = portable.flags, portable.shifted
+spread, starts, counted = portable.spread, portable.starts, portable.counted
 
 
 def dot(e: Emit, acc: Value, w: Value, x: Value, signed: bool) -> Value:

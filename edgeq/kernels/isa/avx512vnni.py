@@ -4,10 +4,21 @@ from collections.abc import Sequence
 
 from edgeq.kernels import isa as isas
 from edgeq.kernels.isa import avx2, avxvnni
-from edgeq.kernels.isa.avx2 import flags, from_f16, pause, to_f16
+from edgeq.kernels.isa.avx2 import counted, flags, from_f16, pause, spread, starts, to_f16
 from edgeq.kernels.llvm import I8, I32, Emit, Value, vector
 
-__all__ = ["dot", "flags", "from_f16", "lookup", "pause", "shifted", "to_f16"]
+__all__ = [
+    "counted",
+    "dot",
+    "flags",
+    "from_f16",
+    "lookup",
+    "pause",
+    "shifted",
+    "spread",
+    "starts",
+    "to_f16",
+]
 
 NAME = "avx512vnni"
 RANK = 40

@@ -1,10 +1,31 @@
 """x86-64 with AVX-VNNI: 256-bit byte dot products (Alder Lake, Gracemont, Zen 5 and later)."""
 
 from edgeq.kernels.isa import portable
-from edgeq.kernels.isa.avx2 import flags, from_f16, lookup, pause, shifted, to_f16
+from edgeq.kernels.isa.avx2 import (
+    counted,
+    flags,
+    from_f16,
+    lookup,
+    pause,
+    shifted,
+    spread,
+    starts,
+    to_f16,
+)
 from edgeq.kernels.llvm import I32, Emit, Value, vector
 
-__all__ = ["dot", "flags", "from_f16", "lookup", "pause", "shifted", "to_f16"]
+__all__ = [
+    "counted",
+    "dot",
+    "flags",
+    "from_f16",
+    "lookup",
+    "pause",
+    "shifted",
+    "spread",
+    "starts",
+    "to_f16",
+]
 
 NAME = "avxvnni"
 RANK = 30

@@ -2,11 +2,24 @@
 
 from collections.abc import Sequence
 
+from llvmlite import ir
+
 from edgeq.kernels.isa import neon
 from edgeq.kernels.isa.neon import flags, from_f16, lookup, pause, shifted, to_f16
-from edgeq.kernels.llvm import I32, Emit, Value
+from edgeq.kernels.llvm import F32, I32, Emit, Value, vector
 
-__all__ = ["dot", "flags", "from_f16", "lookup", "pause", "shifted", "to_f16"]
+__all__ = [
+    "counted",
+    "dot",
+    "flags",
+    "from_f16",
+    "lookup",
+    "pause",
+    "shifted",
+    "spread",
+    "starts",
+    "to_f16",
+]
 
 NAME = "dotprod"
 RANK = 20
@@ -17,6 +30,7 @@ TILE_COLS = 8
 UNIT = 4
 OFFSET = 0
 ACROSS = True
+MAGIC = 0x4B400000  # bits of 1.5 * 2^23: beside it an f32 holds integers as they are
 
 
 def dot(e: Emit, acc: Value, w: Value, x: Value, signed: bool) -> Value:
@@ -37,3 +51,24 @@ def sums(e: Emit, groups: Sequence[Sequence[tuple[Value, Value]]], peak: int) ->
     for _ in range(2):
         held = [neon.pairs(e, a, b) for a, b in zip(held[::2], held[1::2] or held, strict=True)]
     return e.pick(e.join(held), range(len(groups)))
+
+
+def spread(e: Emit, kind: ir.Type, pointer: Value, count: int, lanes: int) -> list[Value]:
+    """Lanes of whole vectors: sdot, fmul and fmla take one by its number."""
+    vectors = [e.load(vector(kind, 4), pointer, 4 * k) for k in range(0, count, 4)]
+    return [e.pick(v, [k] * lanes) for v in vectors for k in range(4)]
+
+
+def starts(e: Emit, scales: Value, count: int, lanes: int) -> list[Value]:
+    """MAGIC by way of general registers: a constant would be copied by the pipes that multiply. The
+    sign of a scale is 0, which the compiler cannot know.
+    """
+    signs = [e.b.ashr(e.load(I32, scales, 4 * k), I32(31)) for k in range(count)]
+    return [e.splat(e.b.add(sign, I32(MAGIC)), lanes) for sign in signs]
+
+
+def counted(e: Emit, total: Value) -> Value:
+    """fsub, where scvtf would take one pipe for two cycles."""
+    lanes = total.type.count
+    base = e.b.bitcast(e.fill(I32, lanes, MAGIC), vector(F32, lanes))
+    return e.b.fsub(e.b.bitcast(total, base.type), base)

@@ -19,6 +19,7 @@ OFFSET = 0
 ACROSS = True
 
 shifted = portable.shifted
+spread, starts, counted = portable.spread, portable.starts, portable.counted
 
 
 def dot(e: Emit, acc: Value, w: Value, x: Value, signed: bool) -> Value:

@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 
+from llvmlite import ir
+
 from edgeq.kernels.llvm import F16, F32, I1, I8, I16, I32, Emit, Value, vector
 
 NAME = "portable"
@@ -24,6 +26,21 @@ def dot(e: Emit, acc: Value, w: Value, x: Value, signed: bool) -> Value:
     pairs = [e.widen(e.pick(wide, range(k, n, 4)), I32, True) for k in range(4)]
     sums = [e.b.add(pairs[0], pairs[1]), e.b.add(pairs[2], pairs[3])]
     return e.b.add(acc, e.b.add(*sums))
+
+
+def spread(e: Emit, kind: ir.Type, pointer: Value, count: int, lanes: int) -> list[Value]:
+    """Of each of `count` values of 32 bits at a pointer a vector that has it in all lanes."""
+    return [e.splat(e.load(kind, pointer, 4 * k), lanes) for k in range(count)]
+
+
+def starts(e: Emit, scales: Value, count: int, lanes: int) -> list[Value]:
+    """Where `count` sums of dot products start in a tile; `scales`: f32[count] not below 0."""
+    return [e.fill(I32, lanes, 0)] * count
+
+
+def counted(e: Emit, total: Value) -> Value:
+    """f32 lanes of sums below 2^22 that started there."""
+    return e.floats(total)
 
 
 def lookup(e: Emit, table: Sequence[int], index: Value) -> Value:
