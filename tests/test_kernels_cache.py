@@ -16,7 +16,7 @@ import pytest
 
 from edgeq import kernels
 from edgeq.errors import KernelError
-from edgeq.kernels import cache
+from edgeq.kernels import cache, host
 from edgeq.kernels import isa as isas
 
 ISA = isas.choose(kit.BEST)
@@ -240,7 +240,7 @@ def test_folders_differ_by_what_changes_the_code(monkeypatch: pytest.MonkeyPatch
     assert len(found) == len(isas.modules())
     monkeypatch.setenv("NUMBA_CPU_NAME", "generic")
     found.add(cache._digest(ISA))
-    monkeypatch.setattr(cache, "_version", lambda package: "0.0")
+    monkeypatch.setattr(host, "version", lambda package: "0.0")
     found.add(cache._digest(ISA))
     assert len(found) == len(isas.modules()) + 2
 
@@ -255,7 +255,7 @@ names, seen = json.loads(sys.argv[1]), []
 kernels.load(names, isa.choose(), lambda name, done, total: seen.append([name, done, total]))
 team = Team(isa.choose(), 2, 2)
 team.close()
-heavy = [m for m in ("numba", "edgeq.kernels.compile") if m in sys.modules]
+heavy = [m for m in ("numba", "llvmlite.binding", "edgeq.kernels.compile") if m in sys.modules]
 print(json.dumps([seen, heavy]))
 """
 NAMES = ["walk", "lead", "serve", "embed/Q4_0"]
@@ -274,10 +274,10 @@ def start(folder: Path, names: list[str], **env: str) -> tuple[list[list[object]
 
 def test_starts(tmp_path: Path) -> None:
     """The first start compiles everything and says so, the second one nothing; after damage, what
-    was damaged. None of them imports Numba itself.
+    was damaged. None of them imports Numba itself, and only the first one LLVM's library.
     """
     seen, heavy = start(tmp_path, NAMES)
-    assert heavy == []
+    assert set(heavy) <= {"llvmlite.binding"}  # to ask for the CPU's name, which it keeps
     assert seen[0] == ["", 0, len(NAMES)]
     assert sorted(name for name, _, _ in seen[1:]) == sorted(NAMES)
     assert [done for _, done, _ in seen] == list(range(len(NAMES) + 1))
@@ -291,7 +291,10 @@ def test_starts(tmp_path: Path) -> None:
     seen, _ = start(tmp_path, NAMES)
     assert sorted(name for name, _, _ in seen) == ["", "lead", "walk"]
     assert start(tmp_path, NAMES) == ([], [])
-    assert {p.suffix for p in tmp_path.rglob("*") if p.is_file()} == {".o"}  # nothing half written
+    assert {p.suffix for p in tmp_path.rglob("*") if p.is_file()} <= {
+        ".o",
+        ".json",
+    }  # nothing half written
 
 
 def test_compiling_nothing_unknown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,7 @@ from typing import IO
 
 from edgeq import memory
 from edgeq.errors import KernelError
-from edgeq.kernels import cache
+from edgeq.kernels import cache, link
 from edgeq.kernels import isa as isas
 
 __all__ = ["load", "missing"]
@@ -31,8 +31,8 @@ Progress = Callable[
 
 
 @once
-def _loader() -> cache.Loader:
-    return cache.Loader()
+def _loader() -> cache.Loader | link.Loader:
+    return link.Loader() if sys.platform == "linux" else cache.Loader()
 
 
 def missing(names: Iterable[str], isa: ModuleType) -> list[str]:

@@ -16,7 +16,6 @@ import stat
 import sys
 import tempfile
 from functools import cache
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -25,7 +24,7 @@ from edgeq.data import find
 from edgeq.errors import KernelError
 from edgeq.kernels import isa as isas
 
-__all__ = ["Loader", "folder", "read", "recall", "remember", "root", "write"]
+__all__ = ["Loader", "folder", "keep", "kept", "read", "recall", "remember", "root", "write"]
 
 MAGIC = b"edgeq kernel 1\n"
 
@@ -76,7 +75,7 @@ def folder(isa: ModuleType) -> Path:
 
 
 def _digest(isa: ModuleType) -> str:
-    import llvmlite.binding as llvm
+    from edgeq.kernels import host
 
     digest = hashlib.sha256()
     here = Path(__file__).parent
@@ -84,18 +83,10 @@ def _digest(isa: ModuleType) -> str:
     for path in sorted([*here.rglob("*.py"), *find("formats").glob("*.toml"), *blocks]):
         digest.update(path.read_bytes())
     facts = [isa.NAME, isas.machine(), sys.version.split()[0]]
-    facts += [_version(name) for name in ("llvmlite", "numba")]
-    facts += [llvm.get_host_cpu_name(), llvm.get_host_cpu_features().flatten()]
+    facts += [host.version("llvmlite"), host.version("numba"), host.name(), host.features()]
     facts += [os.environ.get(name, "") for name in ("NUMBA_CPU_NAME", "NUMBA_CPU_FEATURES")]
     digest.update("\n".join(facts).encode())
     return digest.hexdigest()[:20]
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "none"
 
 
 def _file(where: Path, name: str) -> Path:
@@ -142,25 +133,36 @@ def _own(path: Path) -> bytes:
 
 def remember(name: str, isa: ModuleType, values: dict[str, Any]) -> None:
     """Keep what was measured on this machine; a cache that cannot be written is no error."""
-    with contextlib.suppress(OSError, KernelError):
-        where = folder(isa)
-        where.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=where, delete=False) as file:
-            json.dump(values, file)
-        os.replace(file.name, where / f"{name}.json")
+    with contextlib.suppress(KernelError):
+        keep(folder(isa) / f"{name}.json", values)
 
 
 def recall(name: str, isa: ModuleType) -> dict[str, Any] | None:
     """What was kept under this name, None where there is nothing of the kind."""
+    return kept(folder(isa) / f"{name}.json")
+
+
+def keep(path: Path, values: dict[str, Any]) -> None:
+    """Write a table to a file of the cache, unless it cannot be written."""
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
+            json.dump(values, file)
+        os.replace(file.name, path)
+
+
+def kept(path: Path) -> dict[str, Any] | None:
+    """The table in a file of the cache, None where there is none of this user's own."""
     try:
-        found = json.loads(_own(folder(isa) / f"{name}.json"))
+        found = json.loads(_own(path))
     except (OSError, ValueError):
         return None
     return found if isinstance(found, dict) else None
 
 
 class Loader:
-    """Maps object code into the process; the code lives as long as the loader.
+    """Maps object code into the process by LLVM, where link.py cannot; the code lives as long as
+    the loader.
 
     Each object has an engine of its own: kernels compiled in different processes may use the same
     symbol.

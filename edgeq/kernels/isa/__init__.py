@@ -38,12 +38,12 @@ def host_features() -> frozenset[str]:
 
     On Arm LLVM knows only what /proc/cpuinfo says: 64-bit Arm always has NEON.
     """
-    import llvmlite.binding as llvm
+    from edgeq.kernels import host
 
     given = os.environ.get("NUMBA_CPU_FEATURES")
     if given:
         return frozenset(f[1:] for f in given.split(",") if f.startswith("+"))
-    features = {name for name, there in llvm.get_host_cpu_features().items() if there}
+    features = {f[1:] for f in host.features().split(",") if f.startswith("+")}
     if machine() == "aarch64":
         features |= {"neon"} | {name for name in HWCAPS if _has(*HWCAPS[name])}
     return frozenset(features)
@@ -68,14 +68,14 @@ def target(isa: ModuleType) -> tuple[str, str]:
     NUMBA_CPU_FEATURES say; else, with EDGEQ_ISA, a CPU that has no more than the instruction set
     needs; else this one.
     """
-    import llvmlite.binding as llvm
+    from edgeq.kernels import host
 
     name, features = (os.environ.get(f"NUMBA_CPU_{word}") for word in ("NAME", "FEATURES"))
     if os.environ.get("EDGEQ_ISA"):
         return name or isa.CPU[machine()], features or ""
     # What LLVM does not see in a CPU that it does not know was found otherwise.
-    needed = [llvm.get_host_cpu_features().flatten(), *(f"+{need}" for need in sorted(isa.NEEDS))]
-    return name or llvm.get_host_cpu_name(), features or ",".join(filter(None, needed))
+    needed = [host.features(), *(f"+{need}" for need in sorted(isa.NEEDS))]
+    return name or host.name(), features or ",".join(filter(None, needed))
 
 
 def available() -> list[ModuleType]:
