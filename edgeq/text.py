@@ -1,10 +1,26 @@
-"""Text that comes from a file: read, and made safe to show on a terminal or in an error."""
+"""Text that comes from a file: read, and made safe to show on a terminal or in an error; sizes for
+people.
+"""
 
 from pathlib import Path
 
 from edgeq.errors import FormatError, ResourceError
 
-__all__ = ["printable", "read_text"]
+__all__ = ["human", "printable", "read_text"]
+
+
+def human(size: float) -> str:
+    """Bytes for people, in powers of 1024.
+
+    >>> human(1536), human(4_747_936), human(7)
+    ('1.5 KiB', '4.5 MiB', '7 B')
+    """
+    units = ["KiB", "MiB", "GiB", "TiB"]
+    if size < 1024:
+        return f"{size:.0f} B"
+    while (size := size / 1024) >= 1024 and len(units) > 1:
+        units.pop(0)
+    return f"{size:.1f} {units[0]}"
 
 
 def read_text(path: Path | str) -> str:

@@ -29,7 +29,7 @@ def test_help_lists_every_command_with_its_first_line() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["bench", "calibrate", "compare", "convert", "eval", "inspect", "run"]
+    "name", ["bench", "calibrate", "compare", "convert", "doctor", "eval", "inspect", "run"]
 )
 def test_every_command_explains_itself(name: str) -> None:
     result = edgeq(name, "--help")

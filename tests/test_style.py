@@ -62,6 +62,7 @@ LAYERS = [
         "compare",
         "report",
         "bench",
+        "doctor",
         "hub",
         "limits",
     },

@@ -5,6 +5,8 @@ import re
 import sys
 from collections.abc import Callable
 
+from edgeq.text import human
+
 __all__ = ["Status", "dim", "harmless", "human", "is_terminal", "note"]
 
 # Control characters but tab and newline, and halves of characters from undecodable bytes.
@@ -35,20 +37,6 @@ def dim(text: str) -> str:
 def note(text: str) -> None:
     """One line to the person at the terminal: stderr, since stdout carries results only."""
     print(dim(harmless(text)), file=sys.stderr, flush=True)
-
-
-def human(size: float) -> str:
-    """Bytes for people, in powers of 1024.
-
-    >>> human(1536), human(4_747_936), human(7)
-    ('1.5 KiB', '4.5 MiB', '7 B')
-    """
-    units = ["KiB", "MiB", "GiB", "TiB"]
-    if size < 1024:
-        return f"{size:.0f} B"
-    while (size := size / 1024) >= 1024 and len(units) > 1:
-        units.pop(0)
-    return f"{size:.1f} {units[0]}"
 
 
 class Status:

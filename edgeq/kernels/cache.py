@@ -24,41 +24,66 @@ from edgeq.data import find
 from edgeq.errors import KernelError
 from edgeq.kernels import isa as isas
 
-__all__ = ["Loader", "folder", "keep", "kept", "read", "recall", "remember", "root", "write"]
+__all__ = [
+    "Loader",
+    "folder",
+    "keep",
+    "kept",
+    "places",
+    "read",
+    "recall",
+    "refused",
+    "remember",
+    "root",
+    "write",
+]
 
 MAGIC = b"edgeq kernel 1\n"
 
 
 def root() -> Path:
-    """Folder `edgeq` in EDGEQ_CACHE, else in the user's cache folder; where that is not writable,
-    or others could write in it, a fixed one among the temporary files.
+    """The first of `places` that can be used; it is made.
 
-    Raises KernelError when neither can be used.
+    Raises KernelError when none can.
     """
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    places = [Path(os.environ.get("EDGEQ_CACHE") or home).absolute() / "edgeq", _temporary()]
-    for path in places:
-        if _usable(path):
+    found = places()
+    for path in found:
+        with contextlib.suppress(OSError):
+            path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if not refused(path):
             return path
     raise KernelError(
-        f"no place for compiled kernels: {places[0]} and {places[1]} cannot be written, or others "
+        f"no place for compiled kernels: {found[0]} and {found[1]} cannot be written, or others "
         "can write there: set EDGEQ_CACHE to a folder of your own"
     )
+
+
+def places() -> list[Path]:
+    """Folder `edgeq` in EDGEQ_CACHE, else in the user's cache folder; for where that is not
+    writable, or others could write in it, a fixed one among the temporary files.
+    """
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return [Path(os.environ.get("EDGEQ_CACHE") or home).absolute() / "edgeq", _temporary()]
+
+
+def refused(path: Path) -> str:
+    """Why a folder cannot hold compiled kernels, nothing where it can; one that is shared is left
+    as it is.
+    """
+    try:
+        status = path.lstat()
+    except OSError:
+        return "cannot be made"
+    if not stat.S_ISDIR(status.st_mode):
+        return "not a folder"
+    if not _private(status):
+        return f"of user {status.st_uid}, mode {stat.S_IMODE(status.st_mode):o}: not yours alone"
+    return "" if os.access(path, os.W_OK | os.X_OK) else "not writable"
 
 
 def _temporary() -> Path:
     name = f"edgeq-{os.getuid()}" if os.name == "posix" else "edgeq"
     return Path(tempfile.gettempdir()).absolute() / name
-
-
-def _usable(path: Path) -> bool:
-    """Make a private folder, or find it so; one that is shared is left as it is."""
-    try:
-        path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        status = path.lstat()
-    except OSError:
-        return False
-    return stat.S_ISDIR(status.st_mode) and _private(status) and os.access(path, os.W_OK | os.X_OK)
 
 
 def _private(status: os.stat_result) -> bool:
