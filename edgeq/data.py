@@ -1,19 +1,23 @@
 """Find the data folders (formats/, devices/) and read their TOML files strictly.
 
 A table becomes a frozen dataclass: a missing key, an unknown key or a value of another type is an
-error that names the file and the key, so a mistyped key never passes silently.
+error that names the file and the key, so a mistyped key never passes silently. Such files are
+written here too, all or nothing.
 """
 
 import dataclasses
+import json
+import os
 import tomllib
 import types
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
-from edgeq.errors import FormatError, ResourceError
+from edgeq.checks import replaceable
+from edgeq.errors import FormatError, RequestError, ResourceError
 
-__all__ = ["find", "from_table", "load_toml"]
+__all__ = ["find", "from_table", "load_toml", "refuse_target", "save_toml", "toml"]
 
 T = TypeVar("T")
 
@@ -133,3 +137,51 @@ _TOML_NAMES = {
     float: "a number",
     bool: "true or false",
 }
+
+
+def toml(value: Any) -> str:
+    """A scalar, a tuple of such or a table, on one line. It is JSON, where TOML has no other: no
+    pairs of surrogates, and no DEL as it is.
+
+    >>> toml({"gbs": 9.26, "names": ("a", "b")})
+    '{ gbs = 9.26, names = ["a", "b"] }'
+    """
+    if isinstance(value, Mapping):
+        return "{ " + ", ".join(f"{key} = {toml(item)}" for key, item in value.items()) + " }"
+    if isinstance(value, tuple):
+        return f"[{', '.join(map(toml, value))}]"
+    if isinstance(value, str):  # of a file name that is no UTF-8 there may be halves of pairs
+        value = value.encode(errors="backslashreplace").decode()
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
+def refuse_target(path: Path | str, *, force: bool = False) -> None:
+    """Say before the work that `save_toml` could not write there. Raises RequestError,
+    ResourceError.
+    """
+    path = Path(path)
+    if path.suffix != ".toml":
+        raise RequestError(f"{path}: expected a name that ends with .toml")
+    if not path.absolute().parent.is_dir():
+        raise ResourceError(f"{path}: its folder does not exist: create it first")
+    replaceable(path, force=force)
+
+
+def save_toml(text: str, path: Path | str, *, force: bool = False) -> None:
+    """Write a file; under its name there is all of it, or what was there before.
+
+    Raises RequestError, ResourceError.
+    """
+    refuse_target(path, force=force)
+    part = Path(f"{path}.{os.getpid()}.part")
+    try:
+        try:
+            with part.open("w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)
+    except OSError as error:
+        raise ResourceError(f"{path}: cannot be written: {error.strerror}") from error

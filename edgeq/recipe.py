@@ -5,8 +5,6 @@ shipped recipes choose what llama.cpp's llama-quantize chooses. To make your own
 files, edit it and pass its path.
 """
 
-import json
-import os
 import re
 from collections import Counter
 from collections.abc import Iterable
@@ -14,12 +12,10 @@ from dataclasses import dataclass, fields
 from fnmatch import fnmatchcase
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 from edgeq.blockformat import get
-from edgeq.checks import replaceable
-from edgeq.data import find, from_table, load_toml
-from edgeq.errors import FormatError, RequestError, ResourceError
+from edgeq.data import find, from_table, load_toml, save_toml, toml
+from edgeq.errors import FormatError, RequestError
 from edgeq.gguf.names import split
 
 __all__ = [
@@ -29,7 +25,6 @@ __all__ = [
     "assign",
     "quantizable",
     "recipes",
-    "refuse_target",
     "save",
     "to_toml",
 ]
@@ -127,7 +122,7 @@ def to_toml(recipe: Recipe) -> str:
     """
     head = {field.name: getattr(recipe, field.name) for field in fields(recipe)}
     rules = head.pop("rule")
-    lines = [f"{key} = {_toml(value)}" for key, value in head.items()]
+    lines = [f"{key} = {toml(value)}" for key, value in head.items()]
     return "\n".join([*lines, "rule = [", *map(_rule_line, rules), "]", ""])
 
 
@@ -137,26 +132,7 @@ def _rule_line(rule: Rule) -> str:
         for field in fields(rule)
         if getattr(rule, field.name) != field.default
     }
-    return "    { " + ", ".join(f"{k} = {_toml(v)}" for k, v in given.items()) + " },"
-
-
-def _toml(value: Any) -> str:
-    """JSON, where TOML has no other: no pairs of surrogates, and no DEL as it is."""
-    if isinstance(value, tuple):
-        return f"[{', '.join(map(_toml, value))}]"
-    if isinstance(value, str):  # of a file name that is no UTF-8 there may be halves of pairs
-        value = value.encode(errors="backslashreplace").decode()
-    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
-
-
-def refuse_target(path: Path | str, *, force: bool = False) -> None:
-    """Say before the work that `save` could not write there. Raises RequestError, ResourceError."""
-    path = Path(path)
-    if path.suffix != ".toml":
-        raise RequestError(f"{path}: expected a name that ends with .toml, as -t needs it")
-    if not path.absolute().parent.is_dir():
-        raise ResourceError(f"{path}: its folder does not exist: create it first")
-    replaceable(path, force=force)
+    return "    { " + ", ".join(f"{k} = {toml(v)}" for k, v in given.items()) + " },"
 
 
 def save(recipe: Recipe, path: Path | str, *, force: bool = False) -> None:
@@ -164,19 +140,7 @@ def save(recipe: Recipe, path: Path | str, *, force: bool = False) -> None:
 
     Raises RequestError, ResourceError.
     """
-    refuse_target(path, force=force)
-    part = Path(f"{path}.{os.getpid()}.part")
-    try:
-        try:
-            with part.open("w", encoding="utf-8") as file:
-                file.write(to_toml(recipe))
-                file.flush()
-                os.fsync(file.fileno())
-            part.replace(path)
-        finally:
-            part.unlink(missing_ok=True)
-    except OSError as error:
-        raise ResourceError(f"{path}: cannot be written: {error.strerror}") from error
+    save_toml(to_toml(recipe), path, force=force)
 
 
 def recipes() -> list[str]:

@@ -161,3 +161,34 @@ def test_bench_measures_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("value", ["many", "1,-2", "", "1,,2", "4-2", "0-9*2", "1-9*1", "1-9+0"])
 def test_bench_refuses_what_is_not_a_count(measured: dict[str, Any], value: str) -> None:
     assert edgeq("bench", "model.gguf", "-p", value).exit_code == 2
+
+
+def test_bench_saves_a_profile(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from edgeq import devices
+    from edgeq.limits import Limits
+
+    calls: list[int] = []
+
+    def measured(threads: int, cores: int, *, again: bool) -> Limits:
+        calls.append(threads)
+        return Limits(threads, 12.345 * threads, 100.0 * threads)
+
+    monkeypatch.setattr("edgeq.limits.measured", measured)
+    monkeypatch.setattr("os.getloadavg", lambda: (0.0, 0.0, 0.0))
+    path = tmp_path / "my-board.toml"
+    result = edgeq("bench", "--save", str(path), "-t", "1,2")
+    assert result.stdout.splitlines()[2:] == ["| 1 | 12.3 | 100.0 |", "| 2 | 24.7 | 200.0 |"]
+    assert result.stderr.startswith(f"written: {path}: ")
+    device = devices.get(path)
+    assert [(read.threads, read.gbs) for read in device.read] == [(1, 12.35), (2, 24.69)]
+    calls.clear()
+    refused = edgeq("bench", "--save", str(path))
+    assert (refused.exit_code, calls) == (2, [])  # before anything is measured
+    assert "exists already" in refused.stderr
+    same = edgeq("bench", str(path), "--save", str(path), "--force")
+    assert (same.exit_code, "is the model itself" in same.stderr) == (2, True)
+    monkeypatch.setattr("os.getloadavg", lambda: (1e3, 1e3, 1e3))
+    busy = edgeq("bench", "--save", str(path), "--force", "-o", "json")
+    assert "warning: other programs are at work: these figures are too low" in busy.stderr
+    shown = json.loads(busy.stdout)
+    assert [row["threads"] for row in shown] == calls == list(range(1, len(calls) + 1))

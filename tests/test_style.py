@@ -51,6 +51,7 @@ LAYERS = [
         "mixture",
         "statistics",
         "pipeline",
+        "profile",
         "importance",
         "native",
         "resume",

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -68,6 +69,13 @@ def _list_option(*flags: str, text: str) -> Callable[[Any], Any]:
 )
 @click.option("--limits", is_flag=True, help="Show what the machine can do at most, without MODEL.")
 @click.option("--tune", is_flag=True, help="Find anew what suits this machine's memory best.")
+@click.option(
+    "--save",
+    type=click.Path(dir_okay=False),
+    metavar="FILE.toml",
+    help="Measure the machine as --limits does, and write its profile for devices/.",
+)
+@click.option("--force", is_flag=True, help="Replace FILE.toml.")
 @kv_options
 @click.option(
     "-o",
@@ -89,6 +97,8 @@ def command(
     delay: float,
     limits: bool,
     tune: bool,
+    save: str | None,
+    force: bool,
     cache_type_k: str,
     cache_type_v: str,
     output: str,
@@ -99,9 +109,11 @@ def command(
     0-2048+512 or 1-8*2. pp512 @ d2048: with 2048 tokens before.
     """
     models = (*models, *more)
-    if not (models or limits or tune):
+    if not (models or limits or tune or save):
         raise click.UsageError("Missing argument 'MODEL...'.")
-    if limits:
+    if save:
+        _save(save, force, models, threads, output)
+    elif limits:
         _print(_MACHINE[output](_machine(_limits, threads)), err=bool(models))
     if tune:
         _print(_MACHINE[output](_machine(_tuning, threads)), err=bool(models))
@@ -169,6 +181,26 @@ def _machine(
             yield found
     finally:
         status.clear()
+
+
+def _save(path: str, force: bool, models: tuple[str, ...], threads: list[int], output: str) -> None:
+    """Measure and show the limits up to as many threads as there are cores, and keep them."""
+    from edgeq import checks, cpus, profile, sensors
+    from edgeq.limits import Limits
+
+    checks.outputs([path], [("model", model) for model in models])
+    profile.refuse_target(path, force=force)
+    found, load = cpus.find(), os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+    counts = threads or list(range(1, min(len(found.cores), found.usable) + 1))
+    with sensors.Watch(sensors.Sensors()) as watch:
+        records = list(_machine(_limits, counts))
+    held = watch.summary(max(counts)).throttled_by
+    if held or load > len(found.cores) / 2:
+        reason = f"the machine was held back ({held})" if held else "other programs are at work"
+        note(f"warning: {reason}: these figures are too low: measure again with --force")
+    _print(_MACHINE[output](records), err=bool(models))
+    profile.save(profile.measured([Limits(**record) for record in records]), path, force=force)
+    note(f"written: {path}: `edgeq devices {path}` shows it; in devices/ it is known by its name")
 
 
 def _limits(threads: int, cores: int) -> dict[str, Any]:

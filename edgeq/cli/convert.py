@@ -187,7 +187,7 @@ def _progress(check: Callable[[], None]) -> Iterator[Callable[[int, int, str], N
 def _refuse_recipe(path: str, force: bool, others: list[tuple[str, str | None]]) -> None:
     """Say it before hours of work: the recipe cannot be saved there."""
     from edgeq import checks
-    from edgeq.recipe import refuse_target
+    from edgeq.data import refuse_target
 
     checks.outputs([path], [(what, other) for what, other in others if other is not None])
     refuse_target(path, force=force)
