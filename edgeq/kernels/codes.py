@@ -93,6 +93,19 @@ def codes(e: Emit, c: Coding, step: Value, first: int, count: int) -> Value:
     return looked_up(e, c, _runs(e, q.runs, base, first % block, count))
 
 
+def centred(e: Emit, c: Coding, step: Value, first: int, count: int) -> Value:
+    """i8[count]: codes plus their offset."""
+    *rest, top = c.fmt.fields["q"].runs
+    low = sum(run.bits for run in rest)
+    if top.bits > 1 or c.offset != -1 << low:
+        return e.b.add(codes(e, c, step, first, count), e.fill(I8, count, c.offset))
+    # A highest bit that is worth the offset: where it is missing, the offset stays.
+    base = e.at(step, first // c.fmt.block * c.fmt.bytes)
+    there = _run(e, top, base, first % c.fmt.block, count)
+    missing = e.b.shl(e.b.xor(there, e.fill(I8, count, 1)), e.fill(I8, count, low))
+    return e.b.sub(_runs(e, tuple(rest), base, first % c.fmt.block, count), missing)
+
+
 def looked_up(e: Emit, c: Coding, v: Value) -> Value:
     """Codes → what they stand for in a format with a table."""
     if c.fmt.table is None:
@@ -225,6 +238,9 @@ def integers(e: Emit, c: Coding, name: str, step: Value) -> Value:
         small = e.load(vector(I8, c.groups), step, field.at)
     else:
         small = _runs(e, field.runs, step, 0, c.groups)
+    if field.bias and e.isa.ACROSS:  # on few lanes, where a register holds no more
+        small = e.b.add(small, e.fill(I8, c.groups, field.bias))
+        return e.widen(small, I32, signed=True)
     wide = e.widen(small, I32, signed=field.type == "i8")
     return e.b.add(wide, e.fill(I32, c.groups, field.bias)) if field.bias else wide
 

@@ -12,6 +12,7 @@ from edgeq.blocks import BlockFormat
 from edgeq.kernels.codes import (
     Coding,
     block_scales,
+    centred,
     codes,
     coding,
     integers,
@@ -187,9 +188,8 @@ def _steps_across(
 
 def _centred(e: Emit, c: Coding, step: Value, first: int) -> Value:
     """i8[16] codes; beside sub-scales without their offset, which would have to be scaled too."""
-    v = codes(e, c, step, first, QUARTER)
     own = c.offset and "sc" in c.fmt.fields
-    return e.b.add(v, e.fill(I8, QUARTER, c.offset)) if own else v
+    return (centred if own else codes)(e, c, step, first, QUARTER)
 
 
 def _part(e: Emit, c: Coding, w: list[Value], sub: Value | None, column: Column) -> Value:
