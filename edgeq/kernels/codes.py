@@ -19,14 +19,18 @@ from edgeq.kernels.llvm import F16, F32, I8, I16, I32, I64, Emit, Value, vector
 __all__ = [
     "Coding",
     "block_scales",
+    "centred",
     "codes",
     "coding",
+    "has_top_bit",
     "integers",
     "looked_up",
     "place_of",
     "plain",
     "scale_and_minimum",
+    "scale_and_size",
     "scales",
+    "subtracted",
 ]
 
 
@@ -93,17 +97,30 @@ def codes(e: Emit, c: Coding, step: Value, first: int, count: int) -> Value:
     return looked_up(e, c, _runs(e, q.runs, base, first % block, count))
 
 
+def has_top_bit(c: Coding) -> bool:
+    """Whether the highest bit of codes is stored apart from the others."""
+    runs = c.fmt.fields["q"].runs
+    return len(runs) == 2 and runs[1].bits == 1
+
+
 def centred(e: Emit, c: Coding, step: Value, first: int, count: int) -> Value:
-    """i8[count]: codes plus their offset."""
-    *rest, top = c.fmt.fields["q"].runs
-    low = sum(run.bits for run in rest)
-    if top.bits > 1 or c.offset != -1 << low:
-        return e.b.add(codes(e, c, step, first, count), e.fill(I8, count, c.offset))
-    # A highest bit that is worth the offset: where it is missing, the offset stays.
-    base = e.at(step, first // c.fmt.block * c.fmt.bytes)
-    there = _run(e, top, base, first % c.fmt.block, count)
-    missing = e.b.shl(e.b.xor(there, e.fill(I8, count, 1)), e.fill(I8, count, low))
-    return e.b.sub(_runs(e, tuple(rest), base, first % c.fmt.block, count), missing)
+    """i8[count]: codes that have a top bit, less what that is worth."""
+    rest, top = c.fmt.fields["q"].runs
+    base, at = e.at(step, first // c.fmt.block * c.fmt.bytes), first % c.fmt.block
+    if top.lanes == 1:
+        word = e.load(ir.IntType(count), base, place_of(top, at)[0])
+        missing = e.b.neg(e.isa.flags(e, e.b.not_(word)))
+    else:
+        missing = e.isa.missing(e, *_bytes_at(e, top, base, at, count))
+    return e.isa.signed(e, *_bytes_at(e, rest, base, at, count), rest.bits, missing)
+
+
+def _bytes_at(e: Emit, run: Run, block: Value, first: int, count: int) -> tuple[Value, int]:
+    """(bytes, shift) of some of a run's numbers that lie in neighbouring bytes."""
+    places = [place_of(run, first + i) for i in range(count)]
+    start, shift = places[0]
+    assert places == [(start + i, shift) for i in range(count)]
+    return e.load(vector(I8, count), block, start), shift
 
 
 def looked_up(e: Emit, c: Coding, v: Value) -> Value:
@@ -118,6 +135,9 @@ def _byte(value: int) -> int:
 
 
 def _runs(e: Emit, runs: tuple[Run, ...], block: Value, first: int, count: int) -> Value:
+    if len(runs) == 2 and all(_whole(run, first, count) for run in runs):
+        parts = [_bytes_at(e, run, block, first, count) for run in runs]
+        return e.isa.stacked(e, parts, [run.bits for run in runs])
     out, low = None, 0
     for run in runs:
         v = _run(e, run, block, first, count)
@@ -125,6 +145,13 @@ def _runs(e: Emit, runs: tuple[Run, ...], block: Value, first: int, count: int) 
         out = shifted if out is None else e.b.or_(out, shifted)
         low += run.bits
     return out
+
+
+def _whole(run: Run, first: int, count: int) -> bool:
+    """Whether codes lie in so many neighbouring bytes, all shifted alike."""
+    places = [place_of(run, first + i) for i in range(count)]
+    start, shift = places[0]
+    return places == [(start + i, shift) for i in range(count)]
 
 
 def place_of(run: Run, element: int) -> tuple[int, int]:
@@ -185,6 +212,17 @@ def scales(e: Emit, c: Coding, step: Value) -> tuple[Value, Value | None]:
 
 def scale_and_minimum(e: Emit, c: Coding, step: Value) -> tuple[Value, Value | None]:
     """(A, m) of w = A·(u + offset) + m: f32[groups] each; m is None where it is zero."""
+    a, m = scale_and_size(e, c, step)
+    return a, e.b.fneg(m) if subtracted(c) else m
+
+
+def subtracted(c: Coding) -> bool:
+    """Whether the format takes the minimum off."""
+    return "dmin" in c.fmt.fields
+
+
+def scale_and_size(e: Emit, c: Coding, step: Value) -> tuple[Value, Value | None]:
+    """The same, with minimums as they are stored: see `subtracted`."""
     fields = c.fmt.fields
     d = _scalars(e, c, "d", step)
     a = d if "sc" not in fields else e.mul(d, e.floats(integers(e, c, "sc", step)))
@@ -192,9 +230,7 @@ def scale_and_minimum(e: Emit, c: Coding, step: Value) -> tuple[Value, Value | N
         return a, None
     if "dmin" not in fields:
         return a, _scalars(e, c, "m", step)
-    sub = e.floats(integers(e, c, "m", step))
-    size = e.mul(_scalars(e, c, "dmin", step), sub)
-    return a, e.b.fneg(size)
+    return a, e.mul(_scalars(e, c, "dmin", step), e.floats(integers(e, c, "m", step)))
 
 
 def block_scales(e: Emit, c: Coding, name: str, step: Value) -> Value:

@@ -15,9 +15,12 @@ from edgeq.kernels.codes import (
     centred,
     codes,
     coding,
+    has_top_bit,
     integers,
     plain,
     scale_and_minimum,
+    scale_and_size,
+    subtracted,
 )
 from edgeq.kernels.llvm import F16, F32, I8, I16, I32, Emit, Value, vector
 from edgeq.kernels.order import QUARTER, STEP, codes_in_order, groups_of
@@ -169,16 +172,18 @@ def _steps_across(
     def body(i: Value, totals: list[Value]) -> list[Value]:
         step = e.at(row.w, e.b.mul(i, e.i64(c.bytes)))
         e.prefetch(step, row.ahead, c.bytes)
-        d, m = scale_and_minimum(e, c, step)
+        d, m = scale_and_size(e, c, step)
         sub = None
         if "sc" in c.fmt.fields:
             d = e.splat(e.lane(block_scales(e, c, "d", step), 0), c.weights // 32)
             sub = integers(e, c, "sc", step)
-        w = [_centred(e, c, step, first) for first in range(0, c.weights, QUARTER)]
+        # From the end: the lowest bits of a byte are taken last, when the rest is not needed.
+        w = [_centred(e, c, step, first) for first in reversed(range(0, c.weights, QUARTER))][::-1]
         new = []
         for column, total in zip(_here(e, c, columns, i), totals, strict=True):
             if m is not None:
-                total = _add_minimums(e, m, e.load(m.type, column.xs), total)
+                xs = e.load(m.type, column.xs)
+                total = _add_minimums(e, m, e.b.fneg(xs) if subtracted(c) else xs, total)
             new.append(e.fma(_part(e, c, w, sub, column), d, total))
         return new
 
@@ -188,32 +193,48 @@ def _steps_across(
 
 def _centred(e: Emit, c: Coding, step: Value, first: int) -> Value:
     """i8[16] codes; beside sub-scales without their offset, which would have to be scaled too."""
-    own = c.offset and "sc" in c.fmt.fields
-    return (centred if own else codes)(e, c, step, first, QUARTER)
+    if has_top_bit(c):
+        return centred(e, c, step, first, QUARTER)
+    v = codes(e, c, step, first, QUARTER)
+    return e.b.add(v, e.fill(I8, QUARTER, c.offset)) if _own_offset(c) else v
+
+
+def _own_offset(c: Coding) -> bool:
+    return bool(c.offset) and "sc" in c.fmt.fields
+
+
+def _behind(c: Coding) -> int:
+    """What must be added to the numbers of `_centred`."""
+    if has_top_bit(c):
+        return c.offset + (1 << c.fmt.fields["q"].runs[0].bits)
+    return 0 if _own_offset(c) else c.offset
 
 
 def _part(e: Emit, c: Coding, w: list[Value], sub: Value | None, column: Column) -> Value:
     """f32 lane per 32 weights: everything but the scale d."""
     pairs = [(v, e.load(v.type, column.x, QUARTER * k)) for k, v in enumerate(w)]
     per = c.fmt.group // QUARTER
-    counts = e.isa.sums(e, [pairs[k : k + per] for k in range(0, len(pairs), per)], _peak(c))
-    if sub is not None:
+    counts = e.isa.sums(
+        e, [pairs[k : k + per] for k in range(0, len(pairs), per)], _peak(c), column.xd
+    )
+    if per == 1 and sub is not None:
         counts = e.b.mul(counts, sub)
-    if per == 1:
-        counts = e.b.add(*(e.pick(counts, range(k, c.groups, 2)) for k in (0, 1)))
+        counts, sub = e.b.add(*(e.pick(counts, range(k, c.groups, 2)) for k in (0, 1))), None
+    if sub is not None and not _behind(c):
+        counts, sub = e.b.mul(counts, sub), None
     n = counts.type.count
     part = e.mul(e.floats(counts), e.load(vector(F32, n), column.xd))
-    if sub is None and c.offset:
-        part = e.fma(e.load(part.type, column.xs), e.fill(F32, n, c.offset), part)
-    return part
+    if _behind(c):
+        part = e.fma(e.load(part.type, column.xs), e.fill(F32, n, _behind(c)), part)
+    return part if sub is None else e.mul(part, e.floats(sub))
 
 
 def _peak(c: Coding) -> int:
     """Largest magnitude of a code that `_centred` gives."""
     if c.fmt.table:
         return max(map(abs, c.fmt.table))
-    low, high = c.fmt.limits("q")
-    return max(-low, high) if "sc" in c.fmt.fields or c.signed else high - low
+    low, high = (limit - _behind(c) for limit in c.fmt.limits("q"))
+    return max(-low, high)
 
 
 def _add_minimums(e: Emit, m: Value, xs: Value, total: Value) -> Value:

@@ -17,7 +17,7 @@ UNIT = 4
 OFFSET = 0
 ACROSS = False
 
-flags, shifted = portable.flags, portable.shifted
+flags, shifted, stacked = portable.flags, portable.shifted, portable.stacked
 spread, starts, counted = portable.spread, portable.starts, portable.counted
 
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from edgeq.kernels import isa as isas
 from edgeq.kernels.isa import avx2, avxvnni
-from edgeq.kernels.isa.avx2 import counted, flags, from_f16, pause, spread, starts, to_f16
+from edgeq.kernels.isa.avx2 import counted, flags, from_f16, pause, spread, stacked, starts, to_f16
 from edgeq.kernels.llvm import I8, I32, Emit, Value, vector
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "pause",
     "shifted",
     "spread",
+    "stacked",
     "starts",
     "to_f16",
 ]

@@ -9,6 +9,7 @@ from edgeq.kernels.isa.avx2 import (
     pause,
     shifted,
     spread,
+    stacked,
     starts,
     to_f16,
 )
@@ -23,6 +24,7 @@ __all__ = [
     "pause",
     "shifted",
     "spread",
+    "stacked",
     "starts",
     "to_f16",
 ]

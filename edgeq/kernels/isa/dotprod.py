@@ -5,7 +5,17 @@ from collections.abc import Sequence
 from llvmlite import ir
 
 from edgeq.kernels.isa import neon
-from edgeq.kernels.isa.neon import flags, from_f16, lookup, pause, shifted, to_f16
+from edgeq.kernels.isa.neon import (
+    flags,
+    from_f16,
+    lookup,
+    missing,
+    pause,
+    shifted,
+    signed,
+    stacked,
+    to_f16,
+)
 from edgeq.kernels.llvm import F32, I32, Emit, Value, vector
 
 __all__ = [
@@ -14,9 +24,12 @@ __all__ = [
     "flags",
     "from_f16",
     "lookup",
+    "missing",
     "pause",
     "shifted",
+    "signed",
     "spread",
+    "stacked",
     "starts",
     "to_f16",
 ]
@@ -40,17 +53,32 @@ def dot(e: Emit, acc: Value, w: Value, x: Value, signed: bool) -> Value:
     return e.call("llvm.aarch64.neon.sdot.v4i32.v16i8", acc.type, [acc, w, x])
 
 
-def sums(e: Emit, groups: Sequence[Sequence[tuple[Value, Value]]], peak: int) -> Value:
-    """sdot, then addp between groups."""
-    held = []
-    for group in groups:
-        acc = e.fill(I32, 4, 0)
+def sums(
+    e: Emit,
+    groups: Sequence[Sequence[tuple[Value, Value]]],
+    peak: int,
+    scales: Value | None = None,
+) -> Value:
+    """sdot, then addp between groups. With `scales` (f32 not below 0, one per 32 weights) half of
+    the sums start in general registers: see `starts`.
+    """
+    zero = e.fill(I32, 4, 0)
+    held = [zero] * len(groups)
+    if scales is not None and len(groups) == 16:
+        held = [e.splat(_nothing(e, scales, k), 4) for k in range(16)]
+    for k, group in enumerate(groups):
         for w, x in group:
-            acc = dot(e, acc, w, x, signed=True)
-        held.append(acc)
+            held[k] = dot(e, held[k], w, x, signed=True)
     for _ in range(2):
         held = [neon.pairs(e, a, b) for a, b in zip(held[::2], held[1::2] or held, strict=True)]
     return e.pick(e.join(held), range(len(groups)))
+
+
+def _nothing(e: Emit, scales: Value, k: int) -> Value:
+    """0"""
+    bits = e.load(I32, scales, k % 8 * 4)
+    sign = e.b.ashr(bits, I32(31))
+    return sign if k < 8 else e.b.and_(sign, e.b.ashr(bits, I32(30)))
 
 
 def spread(e: Emit, kind: ir.Type, pointer: Value, count: int, lanes: int) -> list[Value]:

@@ -30,7 +30,9 @@ def dot(e: Emit, acc: Value, w: Value, x: Value, signed: bool) -> Value:
     return e.b.add(acc, _wide_pairs(e, pairs(e, *halves)))
 
 
-def sums(e: Emit, groups: Sequence[Sequence[tuple[Value, Value]]], peak: int) -> Value:
+def sums(
+    e: Emit, groups: Sequence[Sequence[tuple[Value, Value]]], peak: int, _: Value | None = None
+) -> Value:
     """i32[groups]: sums over each group's w·x (i8[16] each), |w| <= peak and |x| <= 127.
 
     smull and smlal as long as products fit 16 bits, and so with addp between groups; then sadalp.
@@ -90,6 +92,41 @@ def flags(e: Emit, word: Value) -> Value:
     found = e.b.and_(spread, e.const(I8, [1 << k % 8 for k in range(n)]))
     zero = e.fill(I8, n, 0)
     return e.b.zext(e.b.icmp_unsigned("!=", found, zero), zero.type)
+
+
+def missing(e: Emit, v: Value, shift: int) -> Value:
+    """i8[16] of ones where a bit is not set. uabd, as LLVM moves any other inversion behind the
+    test, of which there are more.
+    """
+    inverse = e.call("llvm.aarch64.neon.uabd.v16i8", v.type, [v, e.fill(I8, WIDTH, -1)])
+    bit, zero = e.fill(I8, WIDTH, 1 << shift), e.fill(I8, WIDTH, 0)
+    return e.b.sext(e.b.icmp_unsigned("!=", e.b.and_(inverse, bit), zero), v.type)
+
+
+def signed(e: Emit, v: Value, shift: int, bits: int, above: Value) -> Value:
+    """i8[16]: the lanes' `bits` from `shift` on, below `above`."""
+    if shift + bits == 8:
+        return e.call("llvm.aarch64.neon.vsri.v16i8", v.type, [above, v, I32(shift)])
+    v = e.bits(v, shift, 0xFF)
+    return e.call("llvm.aarch64.neon.vsli.v16i8", v.type, [v, above, I32(bits)])
+
+
+def stacked(e: Emit, parts: Sequence[tuple[Value, int]], bits: Sequence[int]) -> Value:
+    """sli, or sri where the first number is at the top of its byte; then what lies above both."""
+    (low, start), (high, shift) = parts
+    n = low.type.count
+    if n not in (8, WIDTH):
+        return portable.stacked(e, parts, bits)
+    mask = e.fill(I8, n, (1 << sum(bits)) - 1)
+    clean = sum(bits) == 8 or shift + bits[1] == 8
+    if start and start + bits[0] == 8:
+        by = bits[0] - shift
+        high = e.b.shl(high, e.fill(I8, n, by)) if by > 0 else e.bits(high, -by, 0xFF)
+        high = high if clean else e.b.and_(high, mask)
+        return e.call(f"llvm.aarch64.neon.vsri.v{n}i8", high.type, [high, low, I32(start)])
+    low, high = e.bits(low, start, 0xFF), e.bits(high, shift, 0xFF)
+    v = e.call(f"llvm.aarch64.neon.vsli.v{n}i8", low.type, [low, high, I32(bits[0])])
+    return v if clean else e.b.and_(v, mask)
 
 
 def from_f16(e: Emit, v: Value) -> Value:

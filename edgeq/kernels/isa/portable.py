@@ -69,6 +69,14 @@ def flags(e: Emit, word: Value) -> Value:
     return e.b.zext(e.b.bitcast(word, vector(I1, n)), vector(I8, n))
 
 
+def stacked(e: Emit, parts: Sequence[tuple[Value, int]], bits: Sequence[int]) -> Value:
+    """i8 lanes of two numbers, the second above the first: of each part (i8 lanes, how far its
+    number is shifted up), and the bits of both.
+    """
+    low, high = (e.bits(v, shift, (1 << n) - 1) for (v, shift), n in zip(parts, bits, strict=True))
+    return e.b.or_(e.b.shl(high, e.fill(I8, high.type.count, bits[0])), low)
+
+
 def from_f16(e: Emit, v: Value) -> Value:
     """f16 lanes → f32 lanes by integer arithmetic (no F16C here): exponents are moved by a
     multiplication.
