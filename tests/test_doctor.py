@@ -67,6 +67,14 @@ def test_a_small_x86_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert found["swap"].state == "info"
 
 
+def test_a_firmware_that_tells_this_user_nothing(tmp_path: Path) -> None:
+    plant(tmp_path, {**machines.UNDER_VOLTAGE, "dev/vcio": "", "dev/vcs1": ""})
+    assert "firmware" not in look(tmp_path, machines.UNDER_VOLTAGE_TOOL)
+    found = look(tmp_path)
+    assert (found["firmware"].state, found["supply"].state) == ("info", "fail")
+    assert "usermod -aG video" in found["firmware"].remedy
+
+
 def test_a_container_with_a_quota(tmp_path: Path) -> None:
     found = look(plant(tmp_path, machines.CONTAINER))
     assert found["threads"].state == "warn"

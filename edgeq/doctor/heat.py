@@ -19,6 +19,7 @@ def findings(system: System) -> Iterator[Finding]:
     state = throttle.Source(system.root, system.tool).read()
     yield _temperature(system, state)
     yield from _throttling(state)
+    yield from _firmware(system, state)
     yield from _protection(system)
     yield from _energy(system)
 
@@ -58,6 +59,14 @@ def _throttling(state: throttle.State | None) -> Iterator[Finding]:
             # A weak supply makes the firmware lower the clock too.
             advice = _ADVICE[throttle.LOW_VOLTAGE if low else "other"]
             yield Finding("throttling", "warn", text, advice, values)
+
+
+def _firmware(system: System, state: throttle.State | None) -> Iterator[Finding]:
+    """A board whose firmware knows more, but does not tell this user."""
+    device = next(sysfs.numbered(system.root / "dev", "vc[hi]*"), None)
+    if device is not None and (state is None or state.firmware is None):
+        text = f"/dev/{device.name} is there, but `vcgencmd get_throttled` does not answer"
+        yield Finding("firmware", "info", text, "sudo usermod -aG video $USER, then log in again")
 
 
 def _protection(system: System) -> Iterator[Finding]:
