@@ -32,7 +32,7 @@ def test_a_board_with_a_weak_supply(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     }
     assert found["supply"].text == "under-voltage now (0x50005)"
     assert "power supply" in found["supply"].remedy
-    assert found["throttling"].text == "throttled since the start (0x50005)"
+    assert found["throttling"].text == "throttled now (0x50005)"
     assert found["temperature"].text == "82 °C, slowed down from 80 °C on"
     assert "SD card (/var/swap): slow, and wears it out" in found["swap"].text
     assert "swapoff /var/swap" in found["swap"].remedy
@@ -65,6 +65,24 @@ def test_a_small_x86_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert found["clock"].state == "ok"  # powersave, but of a driver that goes higher when needed
     assert found["energy"].text.startswith("measured by CPU energy counters")
     assert found["swap"].state == "info"
+
+
+@pytest.mark.parametrize(
+    ("word", "supply", "throttling"),
+    [
+        (0x50000, "warn: under-voltage since the start", "warn: throttled since the start"),
+        (0x50001, "fail: under-voltage now", "warn: throttled since the start"),
+        (0xE0008, "", "warn: clock capped, throttled since the start"),
+        (0x00002, "", "warn: clock capped now"),
+        (0x00000, "", "ok: none now"),
+    ],
+)
+def test_words_of_the_firmware(tmp_path: Path, word: int, supply: str, throttling: str) -> None:
+    found = look(tmp_path, machines.tool(get_throttled=f"throttled=0x{word:x}"))
+    for topic, line in (("supply", supply), ("throttling", throttling)):
+        assert (topic in found) == bool(line)
+        if line:
+            assert f"{found[topic].state}: {found[topic].text}" == f"{line} (0x{word:x})"
 
 
 def test_a_firmware_that_tells_this_user_nothing(tmp_path: Path) -> None:

@@ -47,7 +47,8 @@ def _throttling(state: throttle.State | None) -> Iterator[Finding]:
     values = {"now": state.now, "past": state.past, "firmware": state.firmware}
     if not state.now and not state.past:
         yield Finding("throttling", "ok", f"none now{word}", values=values)
-    for names, when in ((state.now, "now"), (state.past, "since the start")):
+    before = tuple(name for name in state.past if name not in state.now)
+    for names, when in ((state.now, "now"), (before, "since the start")):
         low = throttle.LOW_VOLTAGE in names
         others = [name for name in names if name != throttle.LOW_VOLTAGE]
         if low:  # writes may be lost then: it is more than slow
