@@ -7,7 +7,6 @@ written here too, all or nothing.
 
 import dataclasses
 import json
-import os
 import tomllib
 import types
 from collections.abc import Mapping
@@ -16,6 +15,7 @@ from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get
 
 from edgeq.checks import replaceable
 from edgeq.errors import FormatError, RequestError, ResourceError
+from edgeq.text import write_text
 
 __all__ = ["find", "from_table", "load_toml", "refuse_target", "save_toml", "toml"]
 
@@ -173,15 +173,4 @@ def save_toml(text: str, path: Path | str, *, force: bool = False) -> None:
     Raises RequestError, ResourceError.
     """
     refuse_target(path, force=force)
-    part = Path(f"{path}.{os.getpid()}.part")
-    try:
-        try:
-            with part.open("w", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            part.replace(path)
-        finally:
-            part.unlink(missing_ok=True)
-    except OSError as error:
-        raise ResourceError(f"{path}: cannot be written: {error.strerror}") from error
+    write_text(path, text)

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from edgeq.errors import ModelError, RequestError
 from edgeq.gguf import TensorSpec
 from edgeq.native import ready
-from edgeq.quantizers import find, needs, quantize, thread_count
+from edgeq.quantizers import check_needs, find, needs, quantize, thread_count
 from edgeq.sources import Source
 from edgeq.statistics import Statistics
 from edgeq.stream import Chunk, Encoded
@@ -29,17 +29,8 @@ class Encoder:
     def check(self, source: Source) -> None:
         """Refuse bad settings before work. Raises RequestError."""
         thread_count(self.threads)
-        need = needs(self.method)
-        if need == "hessian" and not self.statistics.has_hessians:
-            raise RequestError(
-                f"method {self.method} needs Hessians: make them with `edgeq calibrate --hessian` "
-                "and give the file with --hessian"
-            )
-        if need and not self.statistics:
-            raise RequestError(
-                f"method {self.method} needs an importance matrix: make one with `edgeq calibrate` "
-                "and give the file with --imatrix"
-            )
+        known = self.statistics
+        check_needs(self.method, importance=bool(known), hessians=known.has_hessians)
         self.statistics.check(source.shapes, source.path)
 
     def method_for(self, spec: TensorSpec) -> str:

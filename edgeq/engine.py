@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from edgeq import cache, cpus, devices, memory, models
 from edgeq.answer import Options, Penalties, Stats, answer, until
 from edgeq.checks import stop_texts, token_ids, whole
+from edgeq.closing import Closing
 from edgeq.errors import ModelError, RequestError
 from edgeq.gguf import Gguf, open_gguf
 from edgeq.kernels import isa as isas
@@ -78,7 +79,7 @@ def load(
         raise
 
 
-class Model:
+class Model(Closing):
     """A loaded model: made by `edgeq.load`, used by one thread at a time. Close it, or use it in a
     `with` statement.
     """
@@ -141,12 +142,6 @@ class Model:
         return int(max(min(wanted, fits), 1))
 
     # -- life --------------------------------------------------------------------------------------
-    def __enter__(self) -> "Model":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
     def close(self) -> None:
         """Stop the worker threads and unmap the file."""
         self._passes.close()

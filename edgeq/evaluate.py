@@ -17,7 +17,7 @@ from edgeq.estimate import Estimate, mean
 if TYPE_CHECKING:
     from edgeq.engine import Model
 
-__all__ = ["CONTEXT", "Evaluation", "evaluate", "evaluate_all", "perplexity", "windows"]
+__all__ = ["CONTEXT", "Evaluation", "evaluate", "evaluate_all", "perplexity", "tokens", "windows"]
 
 CONTEXT = 512  # tokens per window, where the model allows so many
 Progress = Callable[[int, int, float], None]  # windows done, in all, perplexity so far
@@ -46,6 +46,23 @@ def windows(ids: Sequence[int], ctx: int, bos: int | None) -> Iterator[tuple[lis
         if bos is not None:
             window[0] = bos
         yield window, ctx // 2 + 1
+
+
+def tokens(
+    model: "Model", text: str, ctx: int, *, special: bool = False
+) -> tuple[list[int], int | None]:
+    """Ids of a text that fill two windows of `ctx` at least, and the BOS that windows open with.
+
+    special: control tokens in the text count as such. Raises RequestError.
+    """
+    tokenizer = model.tokenizer
+    ids = tokenizer.encode(text, special=special, bos=True)
+    if len(ids) < 2 * ctx:
+        raise RequestError(
+            f"text of {len(ids)} tokens: expected at least {2 * ctx}, two windows of {ctx}: "
+            "give more text or a smaller ctx"
+        )
+    return ids, tokenizer.bos_id if tokenizer.add_bos else None
 
 
 def perplexity(
@@ -107,7 +124,7 @@ def evaluate_all(
     everyone = [*models, *([reference] if reference is not None else [])]
     room = min(model.ctx for model in everyone)
     size = min(CONTEXT, room) if ctx is None else whole("ctx", ctx, 4, room)
-    parts = list(windows(*_ids(everyone, text, size)))[:chunks]
+    parts = list(_windows(everyone, text, size))[:chunks]
     started, found = time.monotonic(), [_Tally(model) for model in models]
     for done, (window, first) in enumerate(parts, 1):
         for views, base, targets in _together(models, reference, window, first):
@@ -119,15 +136,10 @@ def evaluate_all(
     return [tally.result(size, len(parts), seconds) for tally in found]
 
 
-def _ids(models: Sequence["Model"], text: str, ctx: int) -> tuple[list[int], int, int | None]:
-    """Ids of the text, on which all models must agree; the window; BOS."""
+def _windows(models: Sequence["Model"], text: str, ctx: int) -> Iterator[tuple[list[int], int]]:
+    """Windows of the text, on whose ids all models must agree."""
     first = models[0]
-    tokenizer = first.tokenizer
-    ids = tokenizer.encode(text, special=False, bos=True)
-    if len(ids) < 2 * ctx:
-        raise RequestError(
-            f"text of {len(ids)} tokens: expected at least {2 * ctx}, two windows of {ctx}"
-        )
+    ids, bos = tokens(first, text, ctx)
     for other in models[1:]:
         same = other.arch.vocab_size == first.arch.vocab_size
         if not same or other.tokenizer.encode(text, special=False, bos=True) != ids:
@@ -135,7 +147,7 @@ def _ids(models: Sequence["Model"], text: str, ctx: int) -> tuple[list[int], int
                 f"{other.gguf.path}: not the vocabulary of {first.gguf.path}: their probabilities "
                 "cannot be compared: use a reference from the same model"
             )
-    return ids, ctx, tokenizer.bos_id if tokenizer.add_bos else None
+    return windows(ids, ctx, bos)
 
 
 Views = list[NDArray[np.float32]]

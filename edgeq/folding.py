@@ -55,15 +55,16 @@ class FoldedSource:
         for name in pair.writers:
             self._rows[name] = self._rows.get(name, np.float32(1)) / divisors
 
+    def _scaled(self, name: str) -> bool:
+        return name in self._columns or name in self._rows
+
     def copy(self, name: str, fmt: BlockFormat, start: int, stop: int) -> NDArray[np.uint8] | None:
         """See `Source.copy`."""
-        touched = name in self._columns or name in self._rows
-        return None if touched else self._source.copy(name, fmt, start, stop)
+        return None if self._scaled(name) else self._source.copy(name, fmt, start, stop)
 
     def grid(self, name: str, start: int, stop: int) -> Grid | None:
         """See `Source.grid`."""
-        touched = name in self._columns or name in self._rows
-        return None if touched else self._source.grid(name, start, stop)
+        return None if self._scaled(name) else self._source.grid(name, start, stop)
 
     def factors(self, name: str, start: int, stop: int) -> Array | None:
         """See `Source.factors`."""

@@ -9,13 +9,13 @@ of tokens.
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edgeq import blocks
+from edgeq.closing import Closing
 from edgeq.errors import FormatError, RequestError
 from edgeq.gguf import Gguf, GgufWriter, TensorSpec, open_gguf
 
@@ -26,7 +26,7 @@ Array = NDArray[np.float32]
 _SUFFIX, _TYPE = ".hessian", "hessian"
 
 
-class Hessians:
+class Hessians(Closing):
     """An open file; made by `read`. Use it in a `with` statement, or close it."""
 
     def __init__(self, gguf: Gguf, stored: Mapping[str, str]) -> None:
@@ -34,17 +34,6 @@ class Hessians:
         self.weights: Mapping[str, str] = stored  # weight -> weight whose Hessian it shares
         self.tokens: int = gguf.get("hessian.tokens", int)
         self._gguf = gguf
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        at: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """Let go of the file."""

@@ -1,12 +1,13 @@
-"""Text that comes from a file: read, and made safe to show on a terminal or in an error; sizes for
+"""Text of files: read, written, and made safe to show on a terminal or in an error; sizes for
 people.
 """
 
+import os
 from pathlib import Path
 
 from edgeq.errors import FormatError, ResourceError
 
-__all__ = ["human", "printable", "read_text"]
+__all__ = ["human", "printable", "read_text", "write_text"]
 
 
 def human(size: float) -> str:
@@ -44,6 +45,30 @@ def read_text(path: Path | str) -> str:
         raise FormatError(
             f"{path}: line {line}, byte {error.start}: {error.reason}: expected a UTF-8 text"
         ) from error
+
+
+def write_text(path: Path | str, text: str) -> None:
+    """Write a UTF-8 file; under its name there is all of it, or what was there before.
+
+    Raises ResourceError.
+
+    >>> write_text("no-such-folder/a.txt", "")
+    Traceback (most recent call last):
+        ...
+    edgeq.errors.ResourceError: no-such-folder/a.txt: cannot be written: No such file or directory
+    """
+    part = Path(f"{path}.{os.getpid()}.part")
+    try:
+        try:
+            with part.open("w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)
+    except OSError as error:
+        raise ResourceError(f"{path}: cannot be written: {error.strerror}") from error
 
 
 def printable(text: object, limit: int = 80) -> str:

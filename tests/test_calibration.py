@@ -288,7 +288,7 @@ def test_activations_that_are_no_numbers(model: Path, text: Path, tmp_path: Path
 @pytest.mark.parametrize(
     ("content", "settings", "error", "message"),
     [
-        (b"too short", Settings(ctx=64), RequestError, "expected at least 128, two chunks of 64"),
+        (b"too short", Settings(ctx=64), RequestError, "expected at least 128, two windows of 64"),
         (b"caf\xe9", Settings(), FormatError, "line 1, byte 3: unexpected end"),
         (TEXT.encode(), Settings(ctx=1000), RequestError, "ctx = 1000: expected"),
         (TEXT.encode(), Settings(ctx=2), RequestError, "ctx = 2: expected"),

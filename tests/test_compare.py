@@ -250,3 +250,20 @@ def test_a_narrow_terminal_gets_two_tables(
     shown = capsys.readouterr().out
     assert shown.count("F16 (ref)") == 2
     assert "…" not in shown
+
+
+def test_a_method_without_its_statistics_is_refused_before_any_work(tmp_path: Path) -> None:
+    wanted = plan(candidates=[parse("Q4_K_M:gptq")])
+    with pytest.raises(RequestError, match="method gptq needs Hessians"):
+        compare(CHECKPOINT, wanted, tmp_path)
+    assert not list(tmp_path.glob("*.gguf"))
+
+
+@pytest.mark.parametrize("option", ["--json", "--html"])
+def test_an_output_that_is_an_input_is_refused(tmp_path: Path, option: str) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text(TEXT)
+    done = edgeq("compare", str(CHECKPOINT), "-f", str(text), option, str(text))
+    assert done.exit_code == 2
+    assert done.stderr == f"edgeq: {text}: is the text itself: give another name for the output\n"
+    assert text.read_text() == TEXT

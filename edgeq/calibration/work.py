@@ -10,8 +10,7 @@ from numpy.typing import NDArray
 from edgeq.calibration.sums import Group, Outer, Sums, passes
 from edgeq.checks import whole
 from edgeq.engine import Model
-from edgeq.errors import RequestError
-from edgeq.evaluate import windows
+from edgeq.evaluate import tokens, windows
 from edgeq.imatrix import Imatrix
 
 __all__ = ["Progress", "Settings", "Work", "collect"]
@@ -41,7 +40,7 @@ def collect(
 ) -> Imatrix:
     """Importance matrix of an open model from a text, without Hessians.
 
-    Raises RequestError when the text is shorter than two chunks, ModelError naming the weight when
+    Raises RequestError when the text is shorter than two windows, ModelError naming the weight when
     an input is not finite.
 
     >>> import edgeq
@@ -127,12 +126,5 @@ def _context(wanted: int | None, model: Model) -> int:
 
 
 def _chunks(model: Model, text: str, ctx: int, settings: Settings) -> list[list[int]]:
-    tokenizer = model.tokenizer
-    ids = tokenizer.encode(text, special=settings.parse_special, bos=True)
-    if len(ids) < 2 * ctx:
-        raise RequestError(
-            f"text of {len(ids)} tokens: expected at least {2 * ctx}, two chunks of {ctx}: "
-            "give more text or a smaller ctx"
-        )
-    bos = tokenizer.bos_id if tokenizer.add_bos else None
+    ids, bos = tokens(model, text, ctx, special=settings.parse_special)
     return [window for window, _ in windows(ids, ctx, bos)][: settings.chunks]

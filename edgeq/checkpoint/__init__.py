@@ -7,8 +7,7 @@ with the model.
 import math
 from collections.abc import Iterable
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +17,7 @@ from edgeq.checkpoint.files import member, read_json
 from edgeq.checkpoint.float8 import Scale, block_shape, scale_names
 from edgeq.checkpoint.parts import Parts
 from edgeq.checkpoint.safetensors import READABLE, HfTensor, SafetensorsFile, first_nonfinite
+from edgeq.closing import Closing
 from edgeq.errors import FormatError, ModelError, ResourceError
 from edgeq.grid import Grid
 
@@ -60,7 +60,7 @@ def _check_folder(folder: Path) -> None:
 _ADVICE = "save the model as safetensors (save_pretrained in transformers does)"
 
 
-class Checkpoint:
+class Checkpoint(Closing):
     """An open checkpoint folder.
 
     path: the folder. config, generation_config: content of the JSON files ({} when absent).
@@ -86,17 +86,6 @@ class Checkpoint:
         except BaseException:
             self.close()
             raise
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """Close all files; safe to call twice."""

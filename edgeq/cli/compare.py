@@ -12,7 +12,7 @@ import click
 
 from edgeq.cli._progress import bar
 from edgeq.cli._terminal import Status, harmless, is_terminal, note
-from edgeq.text import read_text
+from edgeq.text import read_text, write_text
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -78,6 +78,7 @@ def command(
     own, divergence from the F16 file on a text, answers to your questions. The page of --html needs
     no network and no other file. With --dir the files stay, and are used again next time.
     """
+    from edgeq import checks
     from edgeq.compare import DEFAULTS, Lengths, Plan, parse
     from edgeq.questions import read
 
@@ -97,6 +98,10 @@ def command(
     for path in outputs:
         if not Path(str(path)).absolute().parent.is_dir():
             raise click.UsageError(f"{path}: its folder does not exist")
+    inputs = [("text", file), ("questions", questions), ("importance matrix", imatrix)]
+    inputs += [("file of Hessians", hessian), ("source", src)]
+    inputs += [("file to compare", str(c.file)) for c in plan.candidates if c.file]
+    checks.outputs(outputs, [(what, path) for what, path in inputs if path is not None])
     document = _compare(src, plan, folder)
     for row in document["rows"]:
         for warning in row["warnings"]:
@@ -153,7 +158,7 @@ def _write(path: str, text: str) -> None:
     if path == "-":
         click.echo(text)
     else:
-        Path(path).write_text(text + "\n", encoding="utf-8")
+        write_text(path, text + "\n")
         note(f"written: {path}")
 
 

@@ -82,7 +82,7 @@ def compare(
     tell = progress or (lambda *_: None)
     candidates = _unique([plan.reference, *plan.candidates])
     folder.mkdir(parents=True, exist_ok=True)
-    check(candidates, folder)
+    check(candidates, folder, plan.options)
     rows = list(_convert_all(Path(source), candidates, plan, folder, tell))
     _evaluate_all(rows, plan, tell, on_compile)
     if plan.questions:

@@ -14,10 +14,10 @@ import numpy as np
 
 from edgeq import checks, pipeline
 from edgeq.errors import RequestError, ResourceError
-from edgeq.quantizers import available
+from edgeq.quantizers import available, check_needs
 from edgeq.recipe import Recipe
 from edgeq.resume import program, stamp
-from edgeq.text import printable
+from edgeq.text import printable, write_text
 
 __all__ = ["Candidate", "Conversion", "check", "convert", "parse"]
 
@@ -67,10 +67,16 @@ def parse(text: str) -> Candidate:
     return Candidate(recipe, method or "search")
 
 
-def check(candidates: Sequence[Candidate], folder: Path) -> None:
-    """Refuse, before any work, to replace what is not ours to replace. Raises RequestError for a
-    file that is to be compared itself, ResourceError for one that no comparison has made here.
+def check(candidates: Sequence[Candidate], folder: Path, options: Mapping[str, Any]) -> None:
+    """Refuse, before any work, what a method lacks, and to replace what is not ours to replace.
+
+    Raises RequestError for a method without what it needs and for a file that is to be compared
+    itself, ResourceError for one that no comparison has made here.
     """
+    known = {name: options.get(name) is not None for name in ("importance", "hessians")}
+    for candidate in candidates:
+        if candidate.file is None:
+            check_needs(candidate.method, **known)
     made = [_places(candidate, folder) for candidate in candidates if candidate.file is None]
     given = [("file to compare", c.file) for c in candidates if c.file is not None]
     checks.outputs(itertools.chain.from_iterable(made), given)
@@ -149,9 +155,7 @@ def _trace(value: Any) -> Any:
 def _remember(notes: Path, found: Conversion, key: str) -> None:
     record: dict[str, Any] = {"key": key, "file": _state(found.path)}
     record |= {"relative_rmse": found.relative_rmse, "errors": found.errors}
-    fresh = notes.with_suffix(".json.part")
-    fresh.write_text(json.dumps({**record, "warnings": found.warnings}), encoding="utf-8")
-    fresh.replace(notes)
+    write_text(notes, json.dumps({**record, "warnings": found.warnings}))
 
 
 def _recall(path: Path, notes: Path, key: str) -> Conversion | None:

@@ -7,13 +7,14 @@ import re
 import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from types import MappingProxyType, TracebackType
-from typing import Any, Final, Literal, Self, TypeVar, overload
+from types import MappingProxyType
+from typing import Any, Final, Literal, TypeVar, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edgeq.blocks import find_nonfinite, row_bytes
+from edgeq.closing import Closing
 from edgeq.errors import FormatError, ResourceError
 from edgeq.gguf.header import Header, read_header
 from edgeq.gguf.values import shown
@@ -45,7 +46,7 @@ _ACCEPTED: dict[object, tuple[str, tuple[str, ...]]] = {
 }
 
 
-class Gguf:
+class Gguf(Closing):
     """An open file; made by `open_gguf`. Close it, or use it in a `with` statement.
 
     Views that `tensor` gave stay valid after `close`.
@@ -62,17 +63,6 @@ class Gguf:
         self.warnings = header.warnings
         self._mapped = mapped
         self._bytes: NDArray[np.uint8] | None = np.frombuffer(mapped, np.uint8)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        at: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def __repr__(self) -> str:
         return f"Gguf({str(self.path)!r}, {len(self.tensors)} tensors)"

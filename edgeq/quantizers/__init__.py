@@ -35,6 +35,7 @@ __all__ = [
     "Method",
     "about",
     "available",
+    "check_needs",
     "find",
     "needs",
     "quantize",
@@ -109,6 +110,27 @@ def needs(name: str) -> str:
     ('', 'hessian')
     """
     return str(getattr(find(name), "NEEDS", ""))
+
+
+def check_needs(name: str, *, importance: bool, hessians: bool) -> None:
+    """Refuse a method whose inputs are not there. Raises RequestError.
+
+    >>> check_needs("awq", importance=False, hessians=False)  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+        ...
+    edgeq.errors.RequestError: method awq needs an importance matrix: ...
+    """
+    need = needs(name)
+    if need == "hessian" and not hessians:
+        raise RequestError(
+            f"method {name} needs Hessians: make them with `edgeq calibrate --hessian` and give "
+            "the file with --hessian"
+        )
+    if need and not (importance or hessians):
+        raise RequestError(
+            f"method {name} needs an importance matrix: make one with `edgeq calibrate` and give "
+            "the file with --imatrix"
+        )
 
 
 def quantize(

@@ -25,7 +25,7 @@ Fields = dict[str, NDArray[Any]]
 STEPS = 7  # scales tried for each end of the levels
 SPREAD = 1.2  # how far beyond its level the extreme element is moved, in levels,
 LEAST_SPREAD = 0.09  # and this part of its own size at least: many levels, many good roundings
-UNKNOWN = 3  # times x x counts less where nothing is known about the columns
+LESS = 3  # times x x counts less: in small blocks, and where nothing is known about the columns
 REACH = 1  # how far integer scales move from where rounding put them
 AFFINE = (-0.4, 0.5, 4, 0.3, 3)  # an AffinePlan
 
@@ -45,7 +45,8 @@ def quantize(w: Array, fmt: BlockFormat, importance: Array | None = None) -> Fie
     blocks = w.size // fmt.block
     fields = {name: _empty(fmt, name, blocks) for name in fmt.fields}
     weights = np.empty(0, np.float32) if importance is None else importance
-    power = _power(w, fmt) * np.float32(1 if importance is not None else UNKNOWN)
+    known = importance is not None and fmt.group < fmt.block
+    power = _power(w, fmt) * np.float32(1 if known else LESS)
     inputs = np.ascontiguousarray(w).reshape(-1), power, weights
     _SEARCHES[fmt.value](fmt, inputs, fields)
     lead = (len(w), blocks // len(w))

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
+from threading import Lock
 from typing import Any, cast
 
 import llvmlite
@@ -19,6 +20,8 @@ from numba.core.caching import FunctionCache
 from edgeq.kernels.cache import root
 
 Function = Callable[..., Any]
+
+_setting = Lock()  # modules of kernels are imported by several threads at once
 
 
 @cache
@@ -47,12 +50,13 @@ class _Cache(FunctionCache):  # type: ignore[misc]
 
 
 def _cache(function: Function) -> _Cache:
-    before = numba.config.CACHE_DIR
-    numba.config.CACHE_DIR = _folder()
-    try:
-        return _Cache(function)
-    finally:
-        numba.config.CACHE_DIR = before
+    with _setting:
+        before = numba.config.CACHE_DIR
+        numba.config.CACHE_DIR = _folder()
+        try:
+            return _Cache(function)
+        finally:
+            numba.config.CACHE_DIR = before
 
 
 def kernel(function: Function) -> Function:
