@@ -63,7 +63,7 @@ def cost(w: Array, importance: Array | None, fmt: blocks.BlockFormat) -> NDArray
     nested = fmt.group < fmt.block
     parts = x.reshape(-1, fmt.block) if nested else x
     power = (parts**2).mean(axis=1, keepdims=True) * (2 if nested else 1)
-    power *= 3 if importance is None else 1
+    power *= 1 if nested and importance is not None else 3
     power[power <= 1e-30] = np.inf
     weights = np.sqrt(1 + parts**2 / power).reshape(x.shape)
     return weights if importance is None else weights * importance

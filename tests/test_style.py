@@ -23,6 +23,7 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = [
     {
         "checks",
+        "closing",
         "cpus",
         "data",
         "devices",
