@@ -28,7 +28,12 @@ SCHEDULE = {
     # table says 3 micro-ops per cycle where Arm's guide says 4 instructions, 8 micro-ops.
     "cortex-a76": ["-mcpu=neoverse-n1", "-dispatch=4"],
 }
-ISA = {"cortex-a53": "neon", "cortex-a72": "neon", "cortex-a76": "dotprod"}
+ISA = {
+    "cortex-a53": "neon",
+    "cortex-a72": "neon",
+    "cortex-a76": "dotprod",
+    "apple-a15": "i8mm",
+}
 AHEAD = 4096
 DOTS = {"dot": 16, "mmla": 32, "mull": 8, "mlal": 8}  # products of an instruction
 PRODUCTS = re.compile(r"\t(?:s|u|us|su)(dot|mmla|mull|mlal)2?\tv\d+\.(?:4s, v\d+\.16b|8h)")

@@ -4,6 +4,7 @@ emulator on this process's own memory, so that the tests of emitted code serve A
 
 import ctypes
 import mmap
+import struct
 from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any
@@ -45,7 +46,24 @@ class _Cpu:
         self.core = unicorn.Uc(unicorn.UC_ARCH_ARM64, unicorn.UC_MODE_ARM)
         self.core.ctl_set_cpu_model(arm64_const.UC_CPU_ARM64_MAX)
         self.core.reg_write(arm64_const.UC_ARM64_REG_CPACR_EL1, 3 << 20)  # vectors on
+        self.fault = ""
+        self.core.hook_add(unicorn.UC_HOOK_INTR, self._smmla)
         self._seen: set[int] = set()
+
+    def _smmla(self, core: Any, number: int, _: Any) -> None:
+        """Products of matrices, which the emulator does not know (Arm ARM, C7.2: SMMLA)."""
+        here = core.reg_read(self.names.UC_ARM64_REG_PC)
+        word = struct.unpack("<I", core.mem_read(here, 4))[0]
+        if word & 0xFFE0FC00 != 0x4E80A400:
+            self.fault = f"exception {number} at {word:08x}"
+            core.emu_stop()
+            return
+        to, first, second = (self.names.UC_ARM64_REG_Q0 + (word >> at & 31) for at in (0, 5, 16))
+        read = [core.reg_read(register).to_bytes(16, "little") for register in (to, first, second)]
+        a, b = (np.frombuffer(v, np.int8).reshape(2, 8).astype(np.int32) for v in read[1:])
+        total = np.frombuffer(read[0], np.int32).reshape(2, 2) + a @ b.T
+        core.reg_write(to, int.from_bytes(total.astype("<i4").tobytes(), "little"))
+        core.reg_write(self.names.UC_ARM64_REG_PC, here + 4)
 
     def show(self, array: np.ndarray) -> int:
         start = array.ctypes.data
@@ -87,6 +105,7 @@ def emulated(
         for register, value in registers.items():
             cpu.core.reg_write(register, value)
         cpu.core.emu_start(entry, stop)
+        assert not cpu.fault, cpu.fault
         if result:
             bits = cpu.core.reg_read(cpu.names.UC_ARM64_REG_S0) & 0xFFFFFFFF
             return float(np.uint32(bits).view(np.float32))

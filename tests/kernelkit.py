@@ -26,7 +26,7 @@ from edgeq.kernels.llvm import F32, I64, Emit
 
 ISAS = [isa.NAME for isa in isas.available()]
 BEST = ISAS[0]
-ARM = ["neon", "dotprod"] if armkit.HAVE_EMULATOR and isas.machine() == "x86_64" else []
+ARM = ["neon", "dotprod", "i8mm"] if armkit.HAVE_EMULATOR and isas.machine() == "x86_64" else []
 EMITTED = ISAS + ARM  # those whose emitted code can be run, on the CPU or by an emulator
 FORMATS = list(blocks.formats())
 # One format per way that codes and scales are stored; other instruction sets than the best one run

@@ -6,7 +6,20 @@ _matmul, where the emulator is installed.
 import kernelkit as kit
 import pytest
 from armcode import ISA as CPUS
-from armcode import assembly, mnemonics, panel_assembly, row_assembly, tile_assembly
+from armcode import (
+    assembly,
+    counted,
+    cycles_of,
+    mnemonics,
+    panel_assembly,
+    row_assembly,
+    row_kernel,
+    stack_accesses,
+    tile_assembly,
+    tile_kernel,
+    tile_products,
+    tool,
+)
 
 from edgeq import blocks
 from edgeq.kernels import rows
@@ -15,14 +28,30 @@ from edgeq.kernels.llvm import F32, Emit, Value, vector
 QUANTIZED = [name for name in kit.FORMATS if blocks.get(name).value != "x"]
 PLAIN = [name for name in kit.FORMATS if blocks.get(name).value == "x"]
 
+DOTS_CPUS = [cpu for cpu in CPUS if CPUS[cpu] != "neon"]
+# Instructions per 256 weights of a row: a few more than there are, to notice if they become many.
+INSTRUCTIONS = {
+    "Q4_0": 110, "Q4_1": 130, "Q5_0": 185, "Q5_1": 210, "Q8_0": 96, "Q2_K": 162, "Q3_K": 178,
+    "Q4_K": 120, "Q5_K": 143, "Q6_K": 172, "IQ4_NL": 120, "IQ4_XS": 122,
+}  # fmt: skip
+SHARES = {
+    "Q8_0": (0.75, 0.65), "Q4_0": (0.75, 0.65), "Q4_K": (0.75, 0.65), "Q5_K": (0.755, 0.65),
+    "Q6_K": (0.75, 0.57), "Q3_K": (1.5, 0.65), "Q2_K": (1.7, 0.65),
+}  # fmt: skip
+SPILLED = {("cortex-a76", "Q6_K"): 2, ("cortex-a76", "Q3_K"): 1, ("apple-a15", "Q3_K"): 1}
+
 each_cpu = pytest.mark.parametrize("cpu", CPUS)
 
 
-def check_integer(found: set[str], cpu: str) -> None:
-    """sdot where there is one; elsewhere widening multiplies and pairwise sums."""
+DOTS = {"dotprod": "sdot", "i8mm": "sdot"}  # what instruction sets multiply rows with
+TILES = {"dotprod": "sdot", "i8mm": "smmla"}
+
+
+def check_integer(found: set[str], wanted: str | None) -> None:
+    """What does products of bytes where there is such; elsewhere widening multiplies and sums."""
     assert not found & {"bl", "blr"}
-    if CPUS[cpu] == "dotprod":
-        assert "sdot" in found
+    if wanted:
+        assert wanted in found
         assert not found & {"smull", "smull2"}
     else:
         assert not found & {"sdot", "udot", "usdot", "smmla"}
@@ -34,11 +63,35 @@ def check_integer(found: set[str], cpu: str) -> None:
 @each_cpu
 def test_row_dot(cpu: str, name: str) -> None:
     found = mnemonics(row_assembly(name, cpu))
-    check_integer(found, cpu)
-    assert CPUS[cpu] == "dotprod" or found & {"smull2", "smlal2"}
+    check_integer(found, DOTS.get(CPUS[cpu]))
+    assert CPUS[cpu] in DOTS or found & {"smull2", "smlal2"}
     assert "prfm" in found
     if blocks.get(name).table:
         assert found & {"tbl", "tbl.16b"}
+
+
+@pytest.mark.parametrize("name", QUANTIZED)
+@pytest.mark.parametrize("cpu", DOTS_CPUS)
+def test_inner_loops(cpu: str, name: str) -> None:
+    """All products are in one loop, which keeps everything in registers."""
+    for found in (row_kernel(name, cpu), tile_kernel(name, cpu)):
+        assert found.products % 256 == 0
+        assert stack_accesses(found.inner) <= SPILLED.get((cpu, name), 0)
+    assert counted(row_kernel(name, cpu), 256) <= INSTRUCTIONS[name]
+
+
+@pytest.mark.parametrize("name", SHARES)
+@pytest.mark.skipif(tool() is None, reason="needs llvm-mca of LLVM 20 or newer")
+def test_cycles(name: str) -> None:
+    """Rows on a Cortex-A76 take this share of the cycles in which a Raspberry Pi 5 delivers them to
+    each of two threads (2.75 bytes per cycle); tiles reach this share of 32 products per cycle.
+    """
+    cpu, fmt, wanted = "cortex-a76", blocks.get(name), tile_products("cortex-a76")
+    memory = 256 / fmt.block * fmt.bytes / 2.75
+    row = cycles_of(row_kernel(name, cpu), 256, cpu) / memory
+    tile = wanted / cycles_of(tile_kernel(name, cpu), wanted, cpu) / 32
+    assert row <= SHARES[name][0]
+    assert tile >= SHARES[name][1]
 
 
 @pytest.mark.parametrize("name", PLAIN)
@@ -57,7 +110,7 @@ def test_panel_and_tile(cpu: str, name: str) -> None:
     unpacking = mnemonics(panel_assembly(name, cpu))
     assert not unpacking & {"bl", "blr"}
     assert any(word.startswith(("zip", "trn", "uzp")) for word in unpacking)
-    check_integer(mnemonics(tile_assembly(name, cpu)), cpu)
+    check_integer(mnemonics(tile_assembly(name, cpu)), TILES.get(CPUS[cpu]))
 
 
 @pytest.mark.parametrize("name", PLAIN)

@@ -1,12 +1,14 @@
 """Panels of rows, unpacked once to be multiplied with every column and then discarded.
 
 A panel holds R rows, one per 32-bit lane of a vector: codes [cols/UNIT][R][UNIT], where UNIT is
-four (a word per lane) or 32 (all of a step), scales f32 [cols/span][R], and minimums or sub-scales
-f32 [cols/group][R].
+four (a word per lane), eight (for products of matrices) or 32 (all of a step), scales f32
+[cols/span][R], and minimums or sub-scales f32 [cols/group][R].
 """
 
 from dataclasses import dataclass
 from types import ModuleType
+
+from llvmlite import ir
 
 from edgeq.blocks import BlockFormat
 from edgeq.kernels.codes import Coding, block_scales, codes, coding, integers, scale_and_minimum
@@ -166,7 +168,7 @@ def _unpack_steps(
 
         e.loop(lanes, [], row_scales)
         for start, count, place in zip(starts, counts, places, strict=True):
-            _transpose_words(e, e.at(buf, start), c.weights, count, place)
+            _transpose(e, e.at(buf, start), c.weights, count, place)
 
         def unpack(out: Value, apart: int, unit: int) -> None:
             """Rows `apart` bytes from each other, their units of 32 codes `unit` bytes."""
@@ -178,13 +180,12 @@ def _unpack_steps(
 
             e.loop(lanes, [], row_codes)
 
-        if e.isa.UNIT == 4:
-            unpack(buf, c.weights, 32)
         target = e.at(panel, e.b.mul(column, e.i64(lanes)))
-        if e.isa.UNIT == 4:
-            _transpose_words(e, buf, c.weights, c.weights // 4, target)
-        else:
+        if e.isa.UNIT == 32:
             unpack(target, 32, 32 * lanes)
+        else:
+            unpack(buf, c.weights, 32)
+            _transpose(e, buf, c.weights, c.weights // e.isa.UNIT, target, e.isa.UNIT)
         return []
 
     e.loop(count, [], step)
@@ -233,21 +234,21 @@ def _folded(e: Emit, p: Lanes, v: Value, factors: Value) -> Value:
     return e.b.xor(small, e.fill(I8, v.type.count, 128)) if p.shift else small
 
 
-def _transpose_words(e: Emit, buf: Value, stride: int, count: int, panel: Value) -> None:
-    """i32[R][count], rows `stride` bytes apart → panel i32[count][R]."""
+def _transpose(e: Emit, buf: Value, stride: int, count: int, panel: Value, unit: int = 4) -> None:
+    """Units of 4 or 8 bytes [R][count], rows `stride` bytes apart → panel [count][R]."""
     if not count:
         return
     lanes = rows_of(e)
-    square = min(lanes, count)
-    word = vector(I32, square)
+    square = min(lanes, count, e.isa.WIDTH // unit)
+    word = vector(ir.IntType(8 * unit), square)
 
-    def unit(u: Value, _: list[Value]) -> list[Value]:
-        column = e.at(buf, e.b.mul(u, e.i64(4 * square)))
+    def several(u: Value, _: list[Value]) -> list[Value]:
+        column = e.at(buf, e.b.mul(u, e.i64(unit * square)))
         for first in range(0, lanes, square):
             rows = [e.load(word, column, (first + r) * stride) for r in range(square)]
             for k, v in enumerate(e.transpose(rows)):
-                offset = e.b.mul(u, e.i64(4 * square * lanes))
-                e.store(v, e.at(panel, offset), 4 * (k * lanes + first))
+                offset = e.b.mul(u, e.i64(unit * square * lanes))
+                e.store(v, e.at(panel, offset), unit * (k * lanes + first))
         return []
 
-    e.loop(count // square, [], unit)
+    e.loop(count // square, [], several)

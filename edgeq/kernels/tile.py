@@ -86,18 +86,21 @@ class _Tile:
         """f32[R] per column: integer sums over 32 weights, with their sub-scales."""
         e, count = self.e, self.e.isa.counted
         if not self.lanes.nested:
-            return [count(e, dot) for dot in self._dots(i, self._starts(i), 1, 0)]
-        part = self._dots(i, self._starts(i, 2), 2, 0)
-        whole = self._dots(i, self._starts(i, 2, 1, part), 2, 1)
+            return [count(e, dot) for dot in self._by_column(self._dots(i, self._starts(i), 1, 0))]
+        first = self._dots(i, self._starts(i, 2), 2, 0)
+        second = self._dots(i, self._starts(i, 2, 1, first), 2, 1)
+        part, whole = self._by_column(first), self._by_column(second)
         change, factor = (self._vector(F32, self.b, i, 2, g) for g in range(2))
         scaled = [e.mul(count(e, dot), change) for dot in part]
         return [e.fma(count(e, dot), factor, low) for dot, low in zip(whole, scaled, strict=True)]
 
     def _dots(self, i: Value, acc: list[Value], per: int, g: int) -> list[Value]:
-        """i32[R] per column: acc + dot products over part g of `per` of the step."""
+        """acc + dot products over part g of `per` of the step; for their order see _by_column."""
         e, n, rows = self.e, self.columns, self.rows
         if e.isa.UNIT == 32:
             return list(map(e.b.add, acc, self._sums(i, 32 // per, 32 // per * g)))
+        if e.isa.UNIT == 8:
+            return self._quads(i, acc, range(4 * g // per, 4 * (g + 1) // per))
         panel = e.at(self.panel, e.b.mul(i, e.i64(32 * rows)))
         x = e.at(self.x, e.b.mul(i, e.i64(32 * n)))
         for k in range(8 * g // per, 8 * (g + 1) // per):
@@ -108,6 +111,25 @@ class _Tile:
                 for total, word in zip(acc, words, strict=True)
             ]
         return acc
+
+    def _quads(self, i: Value, acc: list[Value], units: range) -> list[Value]:
+        """The same by products of matrices, each sum of two rows and two columns."""
+        e, n, rows = self.e, self.columns, self.rows
+        for k in units:
+            panel = e.at(self.panel, e.b.mul(i, e.i64(32 * rows)))
+            x = e.at(self.x, e.b.mul(i, e.i64(32 * n)))
+            ws = [e.load(vector(I8, 16), panel, 8 * (rows * k + r)) for r in range(0, rows, 2)]
+            xs = [e.load(vector(I8, 16), x, 8 * (n * k + t)) for t in range(0, n, 2)]
+            pairs = [(w, x) for x in xs for w in ws]
+            acc = [e.isa.quads(e, total, *pair) for total, pair in zip(acc, pairs, strict=True)]
+        return acc
+
+    def _by_column(self, sums: list[Value]) -> list[Value]:
+        """Sums of `_dots`, each with all rows of a column."""
+        if self.e.isa.UNIT != 8:
+            return sums
+        pairs = zip(sums[::2], sums[1::2], strict=True)
+        return [self.e.pick(a, range(k, 8, 2), b) for a, b in pairs for k in (0, 1)]
 
     def _sums(self, i: Value, count: int, first: int) -> list[Value]:
         """The same where codes of a row lie together: those from `first` on of the step."""
