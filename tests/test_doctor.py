@@ -202,8 +202,15 @@ def test_clock_and_terminal(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     assert look(tmp_path)["terminal"].remedy == "export LANG=C.UTF-8"
 
 
-def test_another_system() -> None:
+def test_another_system(monkeypatch: pytest.MonkeyPatch) -> None:
     """macOS and Windows: what can be told without files of Linux."""
+    monkeypatch.setattr("edgeq.sysfs.text", lambda path: "")
+    monkeypatch.setattr("psutil.cpu_freq", lambda: SimpleNamespace(current=3204.0, max=3204.0))
+    found = {f.topic: f for f in processor.findings(System(name="Darwin", env={}))}
+    assert found["clock"].text == "now 3204 MHz of 3204"
+    monkeypatch.setattr("psutil.cpu_freq", lambda: None)
+    found = {f.topic: f for f in processor.findings(System(name="Darwin", env={}))}
+    assert found["clock"].text.startswith("not shown")
     found = {f.topic: f for f in system_checks.findings(System(name="Darwin"))}
     assert (found["system"].state, "Linux only" in found["system"].text) == ("info", True)
 
