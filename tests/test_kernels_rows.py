@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from edgeq import blocks
+from edgeq.kernels import isa as isas
 from edgeq.kernels import rows
 from edgeq.kernels.llvm import F32, Emit, Value, vector
 
@@ -18,7 +19,9 @@ each_isa = pytest.mark.parametrize("isa", kit.EMITTED)
 
 
 @cache
-def function(isa: str, name: str, arguments: str, result: bool = False) -> Callable[..., Any]:
+def function(
+    isa: str, name: str, arguments: str, result: bool = False, *, columns: int = 1
+) -> Callable[..., Any]:
     """rows.<name> with its addresses as pointers; what counts is the last but for softmax, and the
     second to fourth of quantize_row.
     """
@@ -29,7 +32,7 @@ def function(isa: str, name: str, arguments: str, result: bool = False) -> Calla
             v if k in counts or v.type == F32 else e.pointer(v) for k, v in enumerate(values)
         ]
         if name == "quantize_row":
-            return rows.quantize_row(e, pointers[0], pointers[1:4], pointers[4:], columns=1)
+            return rows.quantize_row(e, pointers[0], pointers[1:4], pointers[4:], columns=columns)
         return getattr(rows, name)(e, *pointers)
 
     return kit.native(emit, arguments, isa, result=result)
@@ -216,6 +219,25 @@ def test_quantize_random_rows(isa: str, rng: np.random.Generator) -> None:
     q, d, _, _ = quantize(isa, x)
     np.testing.assert_array_equal(q, np.concatenate([codes for codes, _ in expected]))
     np.testing.assert_array_equal(d, [scale for _, scale in expected])
+
+
+@each_isa
+def test_quantize_into_a_tile(isa: str, rng: np.random.Generator) -> None:
+    """Codes lie as panels have theirs, scales and sums beside those of the other columns."""
+    columns, unit = isas.modules()[isa].TILE_COLS, isas.modules()[isa].UNIT
+    x = rng.standard_normal((columns, 96)).astype(np.float32)
+    q, d = np.zeros(columns * 96, np.int8), np.zeros(columns * 3, np.float32)
+    sums = [np.zeros(columns * 96 // n, np.float32) for n in (16, 32)]
+    ints = [np.zeros(columns * 96 // n, np.int32) for n in (16, 32)]
+    for t, row in enumerate(x):
+        places = [q[t * unit :], *(part[t:] for part in (d, *sums, *ints))]
+        function(isa, "quantize_row", "i" * 10, columns=columns)(row, 0, 0, 3, *places)
+    expected = kit.quantize(x)
+    np.testing.assert_array_equal(kit.separated(q, columns, columns, unit), expected.q)
+    np.testing.assert_array_equal(kit.separated(d, columns, columns), expected.d)
+    for group, got in zip((16, 32), ints, strict=True):
+        got = kit.separated(got, columns, columns)
+        np.testing.assert_array_equal(got, expected.negative(group))
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
