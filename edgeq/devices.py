@@ -166,7 +166,7 @@ def every() -> list[Device]:
     Raises FormatError for a malformed file.
 
     >>> [device.id for device in every()][:2]
-    ['apple-m1', 'apple-a15']
+    ['apple-m1', 'apple-m2']
     """
     return list(_shipped())
 
