@@ -1,5 +1,6 @@
 # make demo   convert the small model in examples/ and ask it three questions
 # make test   all tests          make lint   ruff and mypy
+# make arm    an emulated Arm board (Debian only): `make test` then runs some tests there, too
 # make bench  speed on this machine, as in the README: llama-bench's rows for models of TinyLlama's
 #             shape with random weights (FILES, 6 GB in all, made once). With
 #             PEER=python, an interpreter with llama-cpp-python, beside llama.cpp.
@@ -12,7 +13,7 @@ FILES  ?= Q4_K_M Q8_0 Q4_0 Q6_K Q3_K_M Q2_K F16
 BENCH  := $(FILES:%=demo/tinyllama-%.gguf)
 
 .DEFAULT_GOAL := demo
-.PHONY: demo test lint bench clean
+.PHONY: demo test arm lint bench clean
 .DELETE_ON_ERROR:
 
 $(VENV)/.made:
@@ -40,6 +41,9 @@ demo: $(MODEL)
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest $(PYTEST)
+
+arm: $(VENV)/.dev
+	$(BIN)/python tests/arm/prepare.py
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -41,21 +41,27 @@ exec "{home}/{emulator}" -L "{home}/debian" -0 "$0" "{home}/debian/usr/bin/{pyth
 """
 
 
-def main() -> None:
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "edgeq-arm"
+def home() -> Path:
+    """Where it is, or will be."""
+    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").absolute()
     state = b"".join(path.read_bytes() for path in (Path(__file__), PROJECT))
-    home = base.absolute() / hashlib.sha256(state).hexdigest()[:12]
-    if not home.exists():
+    return base / "edgeq-arm" / hashlib.sha256(state).hexdigest()[:12]
+
+
+def main() -> None:
+    place = home()
+    if not place.exists():
         check()
-        base.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=base, prefix="making-") as beside:
-            make(Path(beside) / "home", home)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=place.parent, prefix="making-") as beside:
+            made = Path(beside) / "made"
+            make(made, place)
             try:
-                (Path(beside) / "home").rename(home)
+                made.rename(place)
             except OSError:
-                if not home.exists():  # otherwise somebody else was faster
+                if not place.exists():  # otherwise somebody else was faster
                     raise
-    print(home)
+    print(place)
 
 
 def check() -> None:
