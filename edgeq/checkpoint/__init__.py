@@ -41,7 +41,7 @@ def open_checkpoint(folder: Path | str) -> "Checkpoint":
     """
     folder = Path(folder)
     _check_folder(folder)
-    config = read_json(folder / "config.json")
+    config = _config(folder)
     generation = folder / "generation_config.json"
     return Checkpoint(folder, config, read_json(generation) if generation.is_file() else {})
 
@@ -55,6 +55,16 @@ def _check_folder(folder: Path) -> None:
         raise ModelError(f"{folder}: not a folder: give the folder that holds config.json")
     if not (folder / "config.json").is_file():
         raise ModelError(f"{folder}: config.json is missing: give a Hugging Face checkpoint folder")
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    """config.json, with what older tools wrote about quantization into a file of their own."""
+    config = read_json(folder / "config.json")
+    for name, method in schemes.OWN_FILES.items():
+        if not schemes.settings(config) and (folder / name).is_file():
+            table = {"quant_method": method, **read_json(folder / name)}
+            return {**config, "quantization_config": table}
+    return config
 
 
 _ADVICE = "save the model as safetensors (save_pretrained in transformers does)"

@@ -17,8 +17,10 @@ from edgeq.checkpoint.parts import Parts
 from edgeq.errors import ModelError
 from edgeq.grid import Grid
 
-__all__ = ["FLOAT8", "Packed", "Scheme", "available", "find", "settings"]
+__all__ = ["FLOAT8", "OWN_FILES", "Packed", "Scheme", "available", "find", "settings"]
 
+# Older tools wrote no quantization_config, but such a file beside config.json.
+OWN_FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
 FLOAT8 = ("fp8", "fbgemm_fp8", "modelopt")  # read in checkpoint.float8: their types say it all
 
 
