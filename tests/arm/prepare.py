@@ -108,6 +108,8 @@ def fetch(place: Path) -> list[Path]:
     (place / "conf").write_text(APT.format(home=place, host=host))
     os.environ["APT_CONFIG"] = str(place / "conf")
     command("apt-get", "-q", "update")
+    if not any((place / "state/lists").glob("*_Packages*")):  # for apt-get that is no error
+        fail("apt-get update found no packages: is there a network to Debian?")
     quiet = ["-q", "--yes", "--no-install-recommends", "--download-only"]
     command("apt-get", *quiet, "install", f"qemu-user-static:{host}", *DEBIAN)
     found = (place / "cache/archives").glob("*.deb")
