@@ -12,12 +12,11 @@ from time import perf_counter
 from types import ModuleType
 from typing import Any
 
-import numpy as np
-
 from edgeq import blocks, cpus, memory
 from edgeq.blocks import BlockFormat
 from edgeq.kernels import cache, layout, load
-from edgeq.kernels.program import TEAM_KERNELS, Op, Program, Team, aligned, arguments
+from edgeq.kernels.program import TEAM_KERNELS, Team
+from edgeq.products import ROWS, Products
 
 __all__ = ["AHEAD", "CHUNK", "Tuning", "measure", "tuned"]
 
@@ -25,7 +24,6 @@ AHEAD = (0, 2048, 4096, 8192, 12288)  # bytes
 CHUNK = (0, 16, 64, 256)  # rows
 TURNS = 8  # so many that nobody waits long for the last, so few that taking them costs nothing
 FORMAT, WIDE = "Q4_K", "Q8_0"  # of which the distances hold for all with fewer, or no fewer bits
-COLS, ROWS = 2048, 5632  # one product: a small model's feed-forward matrix
 READ_BYTES = 1 << 27  # all products together: more than the caches of a core
 MOST = 1 << 20  # bytes or rows
 ROUNDS, SECONDS = 15, 0.5  # per parameter: at most so many, at most so long
@@ -111,7 +109,9 @@ def measure(isa: ModuleType, threads: int, cores: int, progress: Progress | None
             (FORMAT, {"ahead": AHEAD, "chunk": CHUNK}),
             (WIDE, {"ahead_wide": AHEAD}),
         ):
-            layer = _Layer(blocks.get(fmt), threads, addresses, team)
+            layer = _Layer(
+                blocks.get(fmt), isa, team, addresses, threads=threads, nbytes=READ_BYTES
+            )
             for name, values in parameters.items():
                 options = [best, *(replace(best, **{name: v}) for v in values)]
                 best = _fastest(layer, list(dict.fromkeys(options)))
@@ -137,51 +137,9 @@ def _fastest(layer: "_Layer", options: list[Tuning]) -> Tuning:
     return best if median(ratios[best]) > GAIN and wins >= OFTEN else options[0]
 
 
-class _Layer:
+class _Layer(Products):
     """Products that read a large piece of memory once, as decoding one token does."""
-
-    def __init__(
-        self,
-        fmt: BlockFormat,
-        threads: int,
-        addresses: dict[str, int],
-        team: Team,
-    ) -> None:
-        size = ROWS * blocks.row_bytes(fmt, COLS)
-        count = max(min(READ_BYTES, memory.available() // 8) // size, 1)
-        sizes = {"x": COLS, "xd": COLS // 8, "xs": COLS // 4, "out": 4 * ROWS}
-        sizes |= {"state": 16, "scratch": threads * layout.MATVEC_SCRATCH, "w": count * size}
-        sizes |= {"taken": count * layout.COUNTER}
-        self._memory = {name: aligned(nbytes) for name, nbytes in sizes.items()}
-        self._memory["w"][:] = 1  # pages that were never written are all the same one
-        self._memory["state"].view(np.int64)[0] = 1
-        places = {name: int(part.ctypes.data) for name, part in self._memory.items()}
-        numbers = {"rows": ROWS, "cols": COLS, "row_bytes": size // ROWS, "stride": ROWS}
-        numbers |= {"bias": 0, "add": 0, "group": 1, "scratch_bytes": layout.MATVEC_SCRATCH}
-        numbers |= {"private": 0, "ahead": 0, "chunk": 0}
-        first, taken = places.pop("w"), places.pop("taken")
-        self._args = [
-            arguments(
-                layout.MATMUL,
-                **places,
-                **numbers,
-                w=first + i * size,
-                taken=taken + i * layout.COUNTER,
-            )
-            for i in range(count)
-        ]
-        self._threads, self._format = threads, fmt
-        ops = [Op(f"matvec/{fmt.name}", args) for args in self._args]
-        self._program = Program(ops, addresses, team, threads)
 
     def seconds(self, tuning: Tuning) -> float:
         """Time of one pass with these parameters."""
-        chosen = {"ahead": tuning.distance(self._format)}
-        chosen["chunk"] = tuning.turn(ROWS, self._threads)
-        for args in self._args:
-            for name, value in chosen.items():
-                args[layout.MATMUL.index(name)] = value
-        self._memory["taken"].fill(0)
-        start = perf_counter()
-        self._program.run()
-        return perf_counter() - start
+        return self.run(ahead=tuning.distance(self.format), chunk=tuning.turn(ROWS, self.threads))

@@ -38,7 +38,17 @@ LAYERS = [
     },
     {"blockformat", "blocks", "gguf", "checkpoint", "grid", "hessian", "imatrix"},
     {"kernels"},
-    {"models", "tokenizer", "sampler", "cache", "quantizers", "recipe", "sandbox", "tuning"},
+    {
+        "models",
+        "tokenizer",
+        "sampler",
+        "cache",
+        "quantizers",
+        "recipe",
+        "sandbox",
+        "tuning",
+        "products",
+    },
     {
         "answer",
         "calibration",

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import edgeq
-from edgeq import blocks, tuning
+from edgeq import blocks, products, tuning
 from edgeq.kernels import cache, layout
 from edgeq.kernels import isa as isas
 from edgeq.tuning import AHEAD, CHUNK, Tuning
@@ -54,7 +54,7 @@ def test_one_parameter_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
         for c in CHUNK
         for w in AHEAD
     }
-    monkeypatch.setattr(tuning, "_Layer", lambda *_: Timed(faster))
+    monkeypatch.setattr(tuning, "_Layer", lambda *_, **__: Timed(faster))
     assert tuning.measure(isas.choose(), 1, 2) == Tuning(4096, 64, 2048)
 
 
@@ -71,10 +71,9 @@ def test_a_real_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_layer_passes_the_parameters_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tuning, "READ_BYTES", 1)
-    monkeypatch.setattr(tuning, "Program", MagicMock())
+    monkeypatch.setattr(products, "Program", MagicMock())
     for name, ahead in (("Q3_K", 123), ("Q8_0", 67), ("F16", 67)):
-        layer = tuning._Layer(blocks.get(name), 1, {}, MagicMock())
+        layer = tuning._Layer(blocks.get(name), isas.choose(), MagicMock(), {}, threads=1, nbytes=1)
         assert layer.seconds(Tuning(123, 48, 67)) >= 0
         words = dict(zip(layout.MATMUL, layer._args[0].tolist()))
         assert (words["ahead"], words["chunk"]) == (ahead, 48)
