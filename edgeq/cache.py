@@ -11,7 +11,16 @@ from edgeq.kernels.layout import KV_BITS, TILE_KEYS, kv_blocks, kv_bytes
 from edgeq.kernels.program import aligned
 from edgeq.models.arch import Arch
 
-__all__ = ["KV_TYPES", "KvCache", "allocate", "bytes_per_position", "common", "kv_types", "turn"]
+__all__ = [
+    "KV_TYPES",
+    "KvCache",
+    "allocate",
+    "bytes_per_position",
+    "common",
+    "kv_types",
+    "rounded",
+    "turn",
+]
 
 KV_TYPES = tuple(KV_BITS)
 PAGE = 4096  # bytes: no system has smaller pages
@@ -86,7 +95,7 @@ def allocate(
 
     Raises ResourceError when it does not fit (with the largest context that does).
     """
-    context = (context + TILE_KEYS - 1) // TILE_KEYS * TILE_KEYS
+    context = rounded(context)
     each = bytes_per_position(arch, types)
     if context * each > available:
         raise _too_large(context, each, available)
@@ -111,6 +120,15 @@ def _too_large(context: int, each: int, available: int) -> ResourceError:
         f"KV cache for context {context} needs {context * each >> 20} MiB, {available >> 20} MiB "
         f"of memory are free: use -c {fits} or less"
     )
+
+
+def rounded(context: int) -> int:
+    """Positions for which there is room in a cache for `context` of them.
+
+    >>> rounded(33)
+    64
+    """
+    return (context + TILE_KEYS - 1) // TILE_KEYS * TILE_KEYS
 
 
 def common(a: Sequence[int], b: Sequence[int]) -> int:

@@ -32,7 +32,7 @@ from edgeq.sources import Source, open_source
 from edgeq.statistics import Statistics
 from edgeq.stream import Part, Sample, matrix, nbytes, parts
 
-__all__ = ["ConversionReport", "TensorReport", "convert", "run"]
+__all__ = ["ConversionReport", "TensorReport", "convert", "file_keys", "run", "specs_of"]
 
 # (bytes finished, bytes in all, name of the tensor at hand)
 Progress = Callable[[int, int, str], None]
@@ -149,16 +149,16 @@ def run(
         known = Statistics(weighted.values, opened)
         encoder = Encoder(method, known, threads)
         encoder.check(source)
-        metadata = {**source.metadata(), **_file_keys(0), **weighted.metadata}
+        metadata = {**source.metadata(), **file_keys(0), **weighted.metadata}
         mixture, why = choose(source, recipe, target, known, metadata, threads, progress)
         path = _output_path(source, mixture, out)
         checks.outputs([path], _inputs(source, recipe, importance, hessians))
-        specs = _specs(source, mixture, bool(known))
+        specs = specs_of(source, mixture, bool(known))
         warnings = weighted.missing([spec.name for spec in specs if spec.format.value != "x"])
         warnings += encoder.uncovered(specs)
         same = identity(source, mixture.name, method, weighted.values, opened)
         source = _folded(source, known, method, specs, metadata["general.architecture"])
-        metadata |= _file_keys(mixture.file_type)
+        metadata |= file_keys(mixture.file_type)
         with GgufWriter(path, metadata, specs, force=force, identity=same) as writer:
             work = _Work(source, encoder, writer, progress, sum(nbytes(spec) for spec in specs))
             done = _recall(work, specs)
@@ -191,7 +191,8 @@ def _folded(
     return fold(source, known, cast(Scaler, chosen), formats, str(architecture))
 
 
-def _file_keys(file_type: int) -> dict[str, Any]:
+def file_keys(file_type: int) -> dict[str, Any]:
+    """Metadata that a conversion adds to what the source says."""
     return {
         "general.quantization_version": np.uint32(_QUANTIZATION_VERSION),
         "general.file_type": np.uint32(file_type),
@@ -230,7 +231,8 @@ def _stem(name: str) -> str:
     return re.sub(rf"[-._]({encodings})$", "", name, flags=re.IGNORECASE) or name
 
 
-def _specs(source: Source, recipe: Recipe, importance: bool) -> list[TensorSpec]:
+def specs_of(source: Source, recipe: Recipe, importance: bool = False) -> list[TensorSpec]:
+    """Tensors of the file that a recipe makes; importance: with statistics of activations."""
     model = dataclasses.replace(source.model, importance=importance)
     formats = assign(recipe, source.shapes.items(), model)
     return [

@@ -83,6 +83,8 @@ class Recipe:
     about: str  # one line for help texts
     aliases: tuple[str, ...] = ()
     rule: tuple[Rule, ...] = ()
+    # KL divergence per token, in nats, that it costs the example model (docs/quantization.md)
+    divergence: float | None = None
 
     @staticmethod
     def load(name: "str | Path | Recipe") -> "Recipe":
@@ -122,6 +124,7 @@ def to_toml(recipe: Recipe) -> str:
     """
     head = {field.name: getattr(recipe, field.name) for field in fields(recipe)}
     rules = head.pop("rule")
+    del head["divergence"]  # of that very recipe and model
     lines = [f"{key} = {toml(value)}" for key, value in head.items()]
     return "\n".join([*lines, "rule = [", *map(_rule_line, rules), "]", ""])
 

@@ -200,9 +200,9 @@ class GgufSource:
             stack.pop_all()
         tensors = self._gguf.tensors
         self.shapes = {name: info.shape for name, info in tensors.items()}
-        formats = {name: info.format for name, info in tensors.items()}
+        self.formats = {name: info.format for name, info in tensors.items()}
         self.quantized: Mapping[str, BlockFormat | None] = {
-            name: fmt for name, fmt in formats.items() if fmt.value != "x"
+            name: fmt for name, fmt in self.formats.items() if fmt.value != "x"
         }
         self.warnings = list(self._gguf.warnings)
 

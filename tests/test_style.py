@@ -51,6 +51,7 @@ LAYERS = [
     },
     {
         "answer",
+        "blueprint",
         "calibration",
         "draft",
         "engine",

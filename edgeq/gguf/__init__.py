@@ -6,6 +6,6 @@ https://github.com/ggml-org/ggml/blob/master/docs/gguf.md.
 
 from edgeq.gguf.layout import TensorInfo, TensorSpec
 from edgeq.gguf.reader import REQUIRED, Gguf, open_gguf
-from edgeq.gguf.writer import GgufWriter
+from edgeq.gguf.writer import GgufWriter, outline
 
-__all__ = ["REQUIRED", "Gguf", "GgufWriter", "TensorInfo", "TensorSpec", "open_gguf"]
+__all__ = ["REQUIRED", "Gguf", "GgufWriter", "TensorInfo", "TensorSpec", "open_gguf", "outline"]

@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+import mmap
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -25,10 +26,11 @@ from edgeq.gguf.layout import (
     alignment_of,
 )
 from edgeq.gguf.partfile import PartFile
+from edgeq.gguf.reader import Gguf
 from edgeq.gguf.values import write_value
 from edgeq.text import printable
 
-__all__ = ["GgufWriter"]
+__all__ = ["GgufWriter", "outline"]
 
 _VERSION = 3
 
@@ -193,6 +195,19 @@ class GgufWriter:
         if file.pread(0, len(self._header)) != self._header:
             raise ResourceError(f"{file.part}: reads back differently: the disk may be failing")
         file.commit()
+
+
+def outline(
+    path: str | os.PathLike[str], metadata: Mapping[str, Any], tensors: Sequence[TensorSpec]
+) -> Gguf:
+    """The file that a writer would make, but only its header: that is its size. Raises FormatError
+    as GgufWriter.
+    """
+    head, nbytes = _build(metadata, tensors, alignment_of(metadata))
+    header = read_header(head, nbytes, str(path))
+    mapped = mmap.mmap(-1, len(head))
+    mapped.write(head)
+    return Gguf(Path(path), mapped, header)
 
 
 def _build(

@@ -35,6 +35,10 @@ class Inputs:
         self._memory = aligned(size * copies)
         self.private = size if copies > 1 else 0  # bytes from one copy to the next
 
+    @property
+    def nbytes(self) -> int:
+        return self._memory.nbytes
+
     def at(self, name: str) -> int:
         """Address of a part, in the first copy."""
         start: np.ndarray = self._memory[self._places[name] :]

@@ -105,6 +105,13 @@ class Transformer:
         self._scratch_bytes = -(-max(self._scratch_sizes()) // 64) * 64
         self._scratch = aligned(self.threads * self._scratch_bytes)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all buffers."""
+        parts = [self.cos, self.sin, self.logits, self._scratch, *self._bytes.values()]
+        own: int = sum(part.nbytes for part in parts)
+        return own + self._shared.nbytes + self._own.nbytes
+
     def _scratch_sizes(self) -> Iterable[int]:
         lanes = self.isa.WIDTH // 4
         yield layout.MATVEC_SCRATCH

@@ -2,6 +2,7 @@
 file.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -16,7 +17,7 @@ from edgeq.models.arch import Arch
 if TYPE_CHECKING:
     from edgeq.gguf import Gguf, TensorInfo
 
-__all__ = ["Layer", "Matrix", "Weights", "bind"]
+__all__ = ["Layer", "Matrix", "Weights", "bind", "sketch"]
 
 Vector = NDArray[np.float32]
 
@@ -145,6 +146,30 @@ def bind(gguf: "Gguf", arch: Arch) -> Weights:
     return Weights(embedding, layers, norm, output, rope, _unused(b))
 
 
+class _Sketcher:
+    """A binder without a file: formats by name, no data."""
+
+    def __init__(self, formats: Mapping[str, BlockFormat]) -> None:
+        self._formats = formats
+
+    def matrix(self, name: str, rows: int, cols: int) -> Matrix:
+        fmt, data = self._formats[f"{name}.weight"], np.empty((0, 0), np.uint8)
+        return Matrix(name, fmt, rows, cols, data)
+
+    def needed(self, name: str, length: int) -> Vector:
+        return np.empty(0, np.float32)
+
+
+def sketch(arch: Arch, formats: Mapping[str, BlockFormat]) -> Weights:
+    """Weights of a model that is not there, without data; formats: of matrices by their names."""
+    b, d = _Sketcher(formats), arch.embedding_length
+    embedding = b.matrix("token_embd", arch.vocab_size, d)
+    tied = "output.weight" not in formats
+    output = embedding if tied else b.matrix("output", arch.vocab_size, d)
+    layers = tuple(_layer(b, arch, f"blk.{i}") for i in range(arch.block_count))
+    return Weights(embedding, layers, np.empty(0, np.float32), output, None, ())
+
+
 def _unused(b: _Binder) -> tuple[str, ...]:
     """Names that nothing asked for. One that would change the result is an error."""
     names = [name for name in b.gguf.tensors if name not in b.used]
@@ -157,7 +182,7 @@ def _unused(b: _Binder) -> tuple[str, ...]:
     return tuple(names)
 
 
-def _layer(b: _Binder, arch: Arch, at: str) -> Layer:
+def _layer(b: "_Binder | _Sketcher", arch: Arch, at: str) -> Layer:
     d, ff = arch.embedding_length, arch.feed_forward_length
     q, kv = arch.head_count * arch.head_dim, arch.head_count_kv * arch.head_dim
     return Layer(
