@@ -78,6 +78,8 @@ LAYERS = [
         "doctor",
         "hub",
         "limits",
+        "plan",
+        "rates",
     },
     {"cli", "__init__", "__main__"},
 ]

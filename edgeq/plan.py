@@ -1,0 +1,189 @@
+"""What a model would need and do on a machine: memory, tokens per second, what limits them.
+
+A token reads every weight once and multiplies with each: of the two the slower counts. Where both
+are about as fast they are in each other's way, as a power mean of their times says.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import ModuleType
+
+from edgeq import cache
+from edgeq.blueprint import Blueprint, File
+from edgeq.errors import RequestError
+from edgeq.models.arch import Arch
+from edgeq.rates import Rates
+
+__all__ = ["CONTEXT", "Row", "Speed", "predict", "recommended", "rows"]
+
+CONTEXT = 4096  # positions, where the model was trained on so many and none are asked for
+PROMPT = 512  # tokens
+SMOOTH = 3  # exponent of the power mean; fitted to products measured from memory
+# The rest of a layer, in terms of what kernels of floats do: multiply-adds of attention cost what
+# those of an F16 matrix do, times this; each value that is normed, gated or quantized so many.
+ATTENTION_ROW, ATTENTION_TILE, VALUE = 1.4, 1.3, 40.0
+OP = 1.5e-6  # seconds to start an operation of a layer and meet the other threads
+OPS = 10  # operations of a layer
+GOOD = 0.004  # divergence of the example model up to which a loss is hard to notice
+READING = 7.0  # tokens per second: as fast as most people read
+LIMITS = ("memory", "compute", "attention")
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Tokens per second, and what holds them up."""
+
+    tokens: float
+    limit: str  # one of LIMITS
+
+
+@dataclass(frozen=True)
+class Row:
+    """A file on a machine; None: not known."""
+
+    file: File
+    ram: int | None  # bytes, with the context asked for
+    fits: bool
+    largest: int | None  # positions that fit
+    prefill: Speed | None
+    decode: Speed | None
+
+
+def rows(
+    blueprint: Blueprint,
+    rates: Rates | None,
+    isa: ModuleType,
+    ram: int,
+    *,
+    ctx: int | None = None,
+    kv: tuple[str, str] = ("f16", "f16"),
+    depth: int = 0,
+    efficiency: tuple[float, float] | None = None,
+) -> list[Row]:
+    """A row per file of a model. ram: bytes that it may take. depth: tokens in the cache when
+    speed is predicted. efficiency: see `predict`.
+
+    Raises RequestError for a context that the model was not trained on.
+    """
+    arch = blueprint.arch
+    if arch is None:
+        return [Row(f, None, f.nbytes < ram, None, None, None) for f in blueprint.files]
+    if ctx is not None and ctx > arch.context_length:
+        raise RequestError(
+            f"context {ctx}: {blueprint.name} was trained on {arch.context_length} positions: "
+            f"use -c {arch.context_length} or less"
+        )
+    context = ctx or min(CONTEXT, arch.context_length)
+    threads = rates.threads if rates else (1, 1)
+    found = []
+    for file in blueprint.files:
+        need = file.ram(context, kv, threads, isa)
+        largest = file.largest_context(ram, kv, threads, isa)
+        speeds = predict(file, rates, kv, depth, efficiency) if rates else (None, None)
+        found.append(Row(file, need, need <= ram, largest, *speeds))
+    return found
+
+
+def predict(
+    file: File,
+    rates: Rates,
+    kv: tuple[str, str] = ("f16", "f16"),
+    depth: int = 0,
+    efficiency: tuple[float, float] | None = None,
+) -> tuple[Speed | None, Speed]:
+    """Speed of a prompt of PROMPT tokens and of generation, after `depth` tokens.
+
+    efficiency: of an engine that is not this one: its share of the bandwidth when it generates, and
+    of the panel kernels' speed with prompts; then nothing else is counted.
+    """
+    if file.arch is None:
+        raise RequestError(f"{file.recipe}: its architecture is not supported: no prediction")
+    if efficiency is not None:
+        return _told(file, rates, efficiency)
+    return _prefill(file, file.arch, rates, depth), _decode(file, file.arch, rates, kv, depth)
+
+
+def _told(file: File, rates: Rates, efficiency: tuple[float, float]) -> tuple[Speed | None, Speed]:
+    read = sum(m.rows * m.row_bytes for m in file.matrices) / 1e9
+    decode = Speed(efficiency[0] * rates.read / read, "memory")
+    seconds = _tile_seconds(file, rates)
+    return (Speed(efficiency[1] / seconds, "compute") if seconds else None), decode
+
+
+def _tile_seconds(file: File, rates: Rates) -> float | None:
+    """Seconds per token of a prompt in panel kernels; the head is not needed."""
+    body = file.matrices[:-1]
+    if any(m.format.name not in rates.tile for m in body):
+        return None
+    return sum(m.rows * m.cols / rates.tile[m.format.name] for m in body) / 1e9
+
+
+def _prefill(file: File, arch: Arch, rates: Rates, depth: int) -> Speed | None:
+    tiles = _tile_seconds(file, rates)
+    if tiles is None:
+        return None
+    floats = rates.tile.get("F16", 0.0) * 1e9
+    seen = depth + PROMPT / 2
+    attention = ATTENTION_TILE * _attended(arch) * seen / floats if floats else 0.0
+    rest = VALUE * _values(arch) / floats if floats else 0.0
+    read = sum(m.rows * m.row_bytes for m in file.matrices[:-1]) / rates.read / 1e9 / PROMPT
+    total = {"memory": read, "compute": tiles + rest, "attention": attention}
+    return _speed(total)
+
+
+def _decode(file: File, arch: Arch, rates: Rates, kv: tuple[str, str], depth: int) -> Speed:
+    reading = computing = both = 0.0
+    for m in file.matrices:
+        read = m.rows * m.row_bytes / rates.read / 1e9
+        row = rates.row.get(m.format.name)
+        compute = m.rows * m.cols / row / 1e9 if row else 0.0
+        reading, computing = reading + read, computing + compute
+        both += _slower(read, compute)
+    floats = rates.row.get("F16", 0.0) * 1e9
+    kept = cache.bytes_per_position(arch, kv) * depth / rates.read / 1e9
+    attention = ATTENTION_ROW * _attended(arch) * depth / floats if floats else 0.0
+    rest = OP * OPS * arch.block_count
+    rest += VALUE * _values(arch) / floats if floats else 0.0
+    total = both + _slower(kept, attention) + rest
+    limit = "attention" if attention > both else "memory" if reading > computing else "compute"
+    return Speed(1 / total, limit)
+
+
+def _slower(a: float, b: float) -> float:
+    """The longer of two times that pass together."""
+    return float((a**SMOOTH + b**SMOOTH) ** (1 / SMOOTH))
+
+
+def _speed(parts: dict[str, float]) -> Speed:
+    return Speed(1 / sum(parts.values()), max(parts, key=lambda name: parts[name]))
+
+
+def _attended(arch: Arch) -> int:
+    """Multiply-adds of a token with one position, keys and values, all layers."""
+    return 2 * arch.block_count * arch.head_count * arch.head_dim
+
+
+def _values(arch: Arch) -> int:
+    """Values of a token that are no part of a product: normed, rotated, gated, quantized."""
+    heads = (arch.head_count + arch.head_count_kv) * arch.head_dim
+    return arch.block_count * (2 * arch.embedding_length + 2 * arch.feed_forward_length + heads)
+
+
+def recommended(found: Sequence[Row]) -> tuple[Row, str] | None:
+    """The row to take, and why; None when nothing fits.
+
+    Of those that fit: the smallest of which a loss is hard to notice; where none is that good, the
+    one that loses least; where that is slower than people read, the next faster.
+    """
+    fitting = [row for row in found if row.fits and row.file.divergence is not None]
+    good = [row for row in fitting if (row.file.divergence or 0.0) <= GOOD]
+    if good:
+        best = min(good, key=lambda row: row.file.nbytes)
+        return best, "the smallest that fits whose loss is hard to notice"
+    if fitting:
+        best = min(fitting, key=lambda row: row.file.divergence or 0.0)
+        return best, "of those that fit the one that loses least"
+    plain = [row for row in found if row.fits]
+    if plain:
+        return plain[0], "it fits"
+    return None

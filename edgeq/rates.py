@@ -1,0 +1,186 @@
+"""How fast kernels are, per format: measured on this machine, or predicted for a device.
+
+Weights that a row kernel gets through while they are in cache, multiply-adds of a panel kernel, and
+bytes that memory delivers: what `edgeq.plan` makes tokens per second of.
+"""
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from statistics import median
+from types import ModuleType
+from typing import Any
+
+from edgeq import blocks, cpus, devices, limits
+from edgeq.data import find, from_table, load_toml
+from edgeq.devices import Device
+from edgeq.errors import FormatError, RequestError
+from edgeq.kernels import cache, load
+from edgeq.kernels import isa as isas
+from edgeq.kernels.program import TEAM_KERNELS, Team
+from edgeq.products import COLS, Products
+from edgeq.tuning import Tuning
+
+__all__ = ["Rates", "measured", "of_device"]
+
+CACHED = 1 << 18  # bytes of a matrix that stays in a core's cache
+AGAIN, REPEATS = 16, 7
+TOKENS, PANEL_ROWS = 128, 1024
+# Of what memory is sold for, programs get about so much where nobody measured it.
+ATTAINABLE = 0.65
+# Of the dot products that a core can do, a panel kernel does about so many where nobody knows.
+PANEL_SHARE = 0.6
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Rates:
+    """All threads together; rows and tiles by format name.
+
+    Where a format is not listed, nothing is known: then only memory limits it (rows), or there is
+    no prediction (tiles).
+    """
+
+    threads: tuple[int, int]  # of generation, of prompts
+    read: float  # 1e9 bytes per second with the threads of generation
+    row: dict[str, float] = field(default_factory=dict)  # 1e9 weights per second, in cache
+    tile: dict[str, float] = field(default_factory=dict)  # 1e9 multiply-adds per second
+    source: str = ""  # where the figures come from, for people
+
+
+@dataclass(frozen=True)
+class Core:
+    """A file of devices/cores/: what kernels cost on one core."""
+
+    source: str
+    row: dict[str, float]  # cycles per 256 weights
+    tile: dict[str, float]  # multiply-adds per cycle
+
+
+def of_device(device: Device, threads: tuple[int, int] | None = None) -> Rates:
+    """Predicted rates of a device, whose files say how fast memory and cores are.
+
+    threads: of generation, of prompts; by default those that do best. Raises RequestError for a
+    device of which too little is known.
+
+    >>> of_device(devices.get("rpi5")).read
+    13.23
+    """
+    if not device.cores or not device.read:
+        raise RequestError(
+            f"device {device.id}: its file has no cores or no bandwidth: add them, or run "
+            "`edgeq plan` there without --device"
+        )
+    fast = device.cores[0]
+    few, many = threads or (
+        device.decode_threads or fast.count,
+        device.prefill_threads or fast.count,
+    )
+    limit = device.limit(few)
+    assert limit is not None
+    core = _core(fast.kind)
+    peak = max((dot.gmacs for dot in device.dot), default=0.0)
+    return Rates(
+        (few, many),
+        limit.gbs if limit.kind == "measured" else limit.gbs * ATTAINABLE,
+        {name: few * fast.ghz * 256 / cycles for name, cycles in core.row.items()},
+        {name: many * fast.ghz * macs for name, macs in core.tile.items()}
+        or (dict.fromkeys(blocks.formats(), peak * PANEL_SHARE) if peak else {}),
+        f"memory {limit.kind}, kernels " + ("predicted" if core.row else "unknown"),
+    )
+
+
+def _core(kind: str) -> Core:
+    path = find("devices") / "cores" / f"{kind}.toml"
+    if not path.is_file():
+        return Core("", {}, {})
+    core = from_table(Core, load_toml(path), str(path))
+    for name, value in (*core.row.items(), *core.tile.items()):
+        if name not in blocks.formats() or not 0 < value < 1e6:
+            raise FormatError(f"{path}: {name} = {value}: expected a format, and a number above 0")
+    return core
+
+
+def measured(
+    formats: Iterable[str],
+    threads: tuple[int, int] | None = None,
+    progress: Progress | None = None,
+    *,
+    again: bool = False,
+) -> Rates:
+    """Rates of this machine: kernels are measured once and remembered, memory anew, since others
+    may share it.
+
+    formats: those that matter. threads: of generation, of prompts; default the engine's. again:
+    forget what is remembered. progress(what, done, total) is called while it takes time.
+    """
+    isa, machine = isas.choose(), cpus.find()
+    few, many = threads or devices.threads(machine)
+    rates: dict[str, dict[str, float]] = {}
+    wanted = sorted(set(formats))
+    for kind, count, tokens in (("row", few, 1), ("tile", many, TOKENS)):
+        name = f"rates-{kind}-{count}"
+        kept = {} if again else _sane(cache.recall(name, isa))
+        missing = [fmt for fmt in wanted if fmt not in kept]
+        if missing:
+            kept |= _probe(missing, isa, count, tokens, progress)
+            cache.remember(name, isa, kept)
+        rates[kind] = {fmt: kept[fmt] for fmt in wanted}
+    limit = limits.measure(few, machine.usable)
+    return Rates((few, many), limit.read_gbs, rates["row"], rates["tile"], "measured here")
+
+
+def _sane(kept: dict[str, Any] | None) -> dict[str, float]:
+    """What is usable of a stored entry: it may be of another version, or damaged."""
+    return {
+        name: value
+        for name, value in (kept or {}).items()
+        if type(value) in (int, float) and 0 < value < math.inf
+    }
+
+
+def _probe(
+    formats: list[str], isa: ModuleType, threads: int, tokens: int, progress: Progress | None
+) -> dict[str, float]:
+    """1e9 multiply-adds per second of all threads, by format."""
+    kind = "matmul" if tokens > 1 else "matvec"
+    addresses = load([*(f"{kind}/{name}" for name in formats), *TEAM_KERNELS], isa, progress)
+    team = Team(isa, threads, cpus.find().usable, home=cpus.find().home)
+    try:
+        found = {}
+        for i, name in enumerate(formats):
+            if progress:
+                progress(f"measuring {name}", i + 1, len(formats))
+            found[name] = _rate(blocks.get(name), isa, team, addresses, threads, tokens)
+        return found
+    finally:
+        team.close()
+
+
+def _rate(
+    fmt: blocks.BlockFormat,
+    isa: ModuleType,
+    team: Team,
+    addresses: dict[str, int],
+    threads: int,
+    tokens: int,
+) -> float:
+    # Of a row kernel each thread keeps its part of a small matrix in its cache.
+    row = blocks.row_bytes(fmt, COLS)
+    rows = PANEL_ROWS if tokens > 1 else threads * (CACHED // row)
+    products = Products(
+        fmt,
+        isa,
+        team,
+        addresses,
+        threads=threads,
+        nbytes=rows * row,
+        rows=rows,
+        tokens=tokens,
+        again=1 if tokens > 1 else AGAIN,
+    )
+    tuning = Tuning()
+    options = {"ahead": tuning.distance(fmt), "chunk": -(-rows // threads)}
+    times = [products.run(**options) for _ in range(REPEATS)]
+    best = median(times) if tokens > 1 else min(times)
+    return products.weights * tokens / best / 1e9
