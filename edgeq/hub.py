@@ -4,19 +4,26 @@ Downloads land in the cache that other tools share (HF_HOME); HF_HUB_OFFLINE and
 everywhere. A path that exists is always a path.
 """
 
+import contextlib
 import re
-from collections.abc import Callable, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TypeVar
 
-from edgeq.errors import RequestError, ResourceError
+from edgeq.errors import FormatError, RequestError, ResourceError
+from edgeq.gguf.header import read_header
 
-__all__ = ["checkpoint", "choose", "model"]
+__all__ = ["checkpoint", "choose", "headers", "model"]
+
+T = TypeVar("T")
 
 _ID = re.compile(r"(?P<repo>\w[\w.-]*/\w[\w.-]*)(:(?P<quant>\w+))?")
 _CHECKPOINT_FILES = ["*.json", "*.safetensors", "*.model", "*.jinja"]
 # Other forms of the same model; `*` stands for `/` too.
 _OTHER_FILES = ["*/*", "consolidated*"]
 _SHARD = re.compile(r"-\d{5}-of-\d{5}\.gguf$", re.IGNORECASE)
+_STEP, _MOST = 1 << 20, 1 << 26  # bytes of a header: fetched at first, and at most
 _SIDECARS = ("mmproj", "mtp-", "imatrix")
 
 
@@ -31,7 +38,7 @@ def model(name: str) -> Path:
     file = choose(_files(repo), quant, repo)
     from huggingface_hub import hf_hub_download
 
-    return _fetch(repo, lambda: hf_hub_download(repo, file))
+    return Path(_fetch(repo, lambda: hf_hub_download(repo, file)))
 
 
 def checkpoint(name: str) -> Path:
@@ -48,7 +55,88 @@ def checkpoint(name: str) -> Path:
             repo, allow_patterns=_CHECKPOINT_FILES, ignore_patterns=_OTHER_FILES
         )
 
-    return _fetch(repo, fetch)
+    return Path(_fetch(repo, fetch))
+
+
+@contextlib.contextmanager
+def headers(name: str) -> Iterator[Path]:
+    """As `checkpoint`, but of files of weights only headers are fetched: the rest of them is holes.
+    Removed in the end.
+
+    Raises: as `model`.
+    """
+    if Path(name).exists():
+        yield Path(name)
+        return
+    repo, quant = _split(name)
+    files = _files(repo)
+    with tempfile.TemporaryDirectory(prefix="edgeq-") as place:
+        folder = Path(place) / repo.rpartition("/")[2]
+        folder.mkdir()
+        if quant or "config.json" not in files:
+            file = choose(files, quant, repo)
+            yield _hollow(repo, file, folder / Path(file).name, _gguf_header)
+            return
+        for file in files:
+            if file.endswith(".safetensors") and "/" not in file:
+                _hollow(repo, file, folder / file, _safetensors_header)
+            elif file in _SMALL:
+                _hollow(repo, file, folder / file, _all)
+        yield folder
+
+
+_SMALL = ("config.json", "generation_config.json", "model.safetensors.index.json")
+
+
+def _hollow(repo: str, file: str, path: Path, enough: Callable[[bytes, int, str], int]) -> Path:
+    """A file of a repository's size with its first bytes; enough(bytes, size, name): how many."""
+    data, size = b"", 1
+    need = _STEP
+    while len(data) < min(need, size):
+        start = len(data)
+        more, size = _fetch(repo, lambda: _range(repo, file, start, need))  # noqa: B023
+        data += more
+        need = enough(data, size, f"{repo}/{file}")
+        if need > _MOST or not more:
+            raise FormatError(f"{repo}/{file}: no header in its first {len(data)} bytes")
+    with path.open("wb") as out:
+        out.write(data)
+        out.truncate(size)
+    return path
+
+
+def _range(repo: str, file: str, start: int, stop: int) -> tuple[bytes, int]:
+    """Bytes start..stop of a file, or as many as it has, and its size."""
+    from huggingface_hub import get_session, get_token, hf_hub_url, hf_raise_for_status
+
+    asked, token = {"Range": f"bytes={start}-{stop - 1}"}, get_token()
+    if token:
+        asked["authorization"] = f"Bearer {token}"
+    answer = get_session().get(hf_hub_url(repo, file), headers=asked, timeout=30)
+    hf_raise_for_status(answer)
+    content = bytes(answer.content)
+    given = re.fullmatch(rf"bytes {start}-\d+/(\d+)", answer.headers.get("Content-Range", ""))
+    if given:
+        return content, int(given[1])
+    return content[start:], len(content)  # the whole file
+
+
+def _all(data: bytes, size: int, source: str) -> int:
+    return size
+
+
+def _safetensors_header(data: bytes, size: int, source: str) -> int:
+    return 8 + int.from_bytes(data[:8], "little")
+
+
+def _gguf_header(data: bytes, size: int, source: str) -> int:
+    try:
+        read_header(data, size, source)
+    except FormatError:
+        if len(data) >= min(size, _MOST):
+            raise
+        return 2 * len(data)
+    return len(data)
 
 
 def choose(files: Sequence[str], quant: str | None, repo: str) -> str:
@@ -102,10 +190,10 @@ def _files(repo: str) -> list[str]:
         return [str(path.relative_to(folder)) for path in folder.rglob("*.gguf")]
 
 
-def _fetch(repo: str, action: Callable[[], str]) -> Path:
+def _fetch(repo: str, action: Callable[[], T]) -> T:
     # A download can fail with errors of several libraries; to the user they are one thing.
     try:
-        return Path(action())
+        return action()
     except Exception as error:
         raise _unreachable(repo, error) from error
 

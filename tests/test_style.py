@@ -80,6 +80,7 @@ LAYERS = [
         "limits",
         "plan",
         "rates",
+        "sizes",
     },
     {"cli", "__init__", "__main__"},
 ]
