@@ -27,13 +27,14 @@ class Products:
         team: Team,
         addresses: dict[str, int],
         *,
-        threads: int,
-        nbytes: int,
+        threads: int = 1,
+        nbytes: int = 1,
         rows: int = ROWS,
         tokens: int = 1,
         again: int = 0,
     ) -> None:
         self.format, self.rows, self.threads = fmt, rows, threads
+        self._tokens = tokens
         row, lanes = blocks.row_bytes(fmt, COLS), isa.WIDTH // 4
         count = max(min(nbytes, memory.available() // 8) // (rows * row), 1)
         columns = -(-tokens // isa.TILE_COLS) * isa.TILE_COLS
@@ -66,9 +67,9 @@ class Products:
         self._program = Program(ops, addresses, team, threads)
 
     @property
-    def weights(self) -> int:
-        """Weights that one run multiplies each column with."""
-        return len(self._args) * self.rows * COLS
+    def macs(self) -> int:
+        """Multiply-adds of one run."""
+        return len(self._args) * self.rows * COLS * self._tokens
 
     def run(self, *, ahead: int, chunk: int) -> float:
         """Time of one run, with so many bytes asked for in advance and rows taken at a time."""

@@ -26,7 +26,7 @@ __all__ = ["Rates", "measured", "of_device"]
 CACHED = 1 << 18  # bytes of a matrix that stays in a core's cache
 AGAIN = 16  # times that it is read in a run
 SECONDS = 0.1  # per kernel
-TOKENS, PANEL_ROWS = 128, 1024
+TOKENS, PANEL_ROWS = 128, 256
 # Of what memory is sold for, programs get about so much where nobody measured it.
 ATTAINABLE = 0.65
 # Of the dot products that a core can do, a panel kernel does about so many where nobody knows.
@@ -120,13 +120,12 @@ def measured(
     rates: dict[str, dict[str, float]] = {}
     wanted = sorted(set(formats))
     for kind, count, tokens in (("row", few, 1), ("tile", many, TOKENS)):
-        name = f"rates-{kind}-{count}"
-        kept = {} if again else _sane(cache.recall(name, isa))
+        kept = {} if again else _sane(cache.recall(f"rates-{kind}", isa))
         missing = [fmt for fmt in wanted if fmt not in kept]
         if missing:
-            kept |= _probe(missing, isa, count, tokens, progress)
-            cache.remember(name, isa, kept)
-        rates[kind] = {fmt: kept[fmt] for fmt in wanted}
+            kept |= _probe(missing, isa, tokens, progress)
+            cache.remember(f"rates-{kind}", isa, kept)
+        rates[kind] = {fmt: kept[fmt] * min(count, machine.usable) for fmt in wanted}
     limit = limits.measure(few, machine.usable)
     return Rates((few, many), limit.read_gbs, rates["row"], rates["tile"], "measured here")
 
@@ -141,48 +140,32 @@ def _sane(kept: dict[str, Any] | None) -> dict[str, float]:
 
 
 def _probe(
-    formats: list[str], isa: ModuleType, threads: int, tokens: int, progress: Progress | None
+    formats: list[str], isa: ModuleType, tokens: int, progress: Progress | None
 ) -> dict[str, float]:
-    """1e9 multiply-adds per second of all threads, by format."""
+    """1e9 multiply-adds per second of one thread, by format: two that wait for each other could not
+    be told from a busy machine.
+    """
     kind = "matmul" if tokens > 1 else "matvec"
     addresses = load([*(f"{kind}/{name}" for name in formats), *TEAM_KERNELS], isa, progress)
-    team = Team(isa, threads, cpus.find().usable, home=cpus.find().home)
+    team = Team(isa, 1, cpus.find().usable, home=cpus.find().home)
     try:
         found = {}
         for i, name in enumerate(formats):
             if progress:
                 progress(f"measuring {name}", i + 1, len(formats))
-            found[name] = _rate(blocks.get(name), isa, team, addresses, threads, tokens)
+            fmt = blocks.get(name)
+            rows = PANEL_ROWS if tokens > 1 else CACHED // blocks.row_bytes(fmt, COLS)
+            again = 1 if tokens > 1 else AGAIN
+            found[name] = _best(
+                Products(fmt, isa, team, addresses, rows=rows, tokens=tokens, again=again)
+            )
         return found
     finally:
         team.close()
 
 
-def _rate(
-    fmt: blocks.BlockFormat,
-    isa: ModuleType,
-    team: Team,
-    addresses: dict[str, int],
-    threads: int,
-    tokens: int,
-) -> float:
-    # Of a row kernel each thread keeps its part of a small matrix in its cache.
-    row = blocks.row_bytes(fmt, COLS)
-    rows = PANEL_ROWS if tokens > 1 else threads * (CACHED // row)
-    products = Products(
-        fmt,
-        isa,
-        team,
-        addresses,
-        threads=threads,
-        nbytes=rows * row,
-        rows=rows,
-        tokens=tokens,
-        again=1 if tokens > 1 else AGAIN,
-    )
-    tuning = Tuning()
-    options = {"ahead": tuning.distance(fmt), "chunk": -(-rows // threads)}
-    best, end = math.inf, perf_counter() + SECONDS
-    while perf_counter() < end:  # the best: other programs may hold up a run
-        best = min(best, products.run(**options))
-    return products.weights * tokens / best / 1e9
+def _best(products: Products) -> float:
+    ahead, best, end = Tuning().distance(products.format), math.inf, perf_counter() + SECONDS
+    while perf_counter() < end:  # other programs may hold up a run
+        best = min(best, products.run(ahead=ahead, chunk=products.rows))
+    return products.macs / best / 1e9

@@ -153,6 +153,8 @@ def _show_model(
         note("the size of the vocabulary is guessed: it was not fetched")
     _print(_table_of(found, best))
     click.echo(_machine_line(place))
+    click.echo("ctx: the most that fits. prompt, gen: tokens per second, limited by (gen) limit.")
+    click.echo("loss: KL divergence that the recipe costs the small example model.")
     if best is None:
         click.echo(f"Nothing fits: {harmless(blueprint.name)} needs a machine with more memory.")
     else:
@@ -196,8 +198,7 @@ def _machine_line(place: _Place) -> str:
         few, many = place.rates.threads
         counts = f"{few}" if few == many else f"{few} (prompts: {many})"
         line += f", {place.rates.read:.3g} GB/s with {counts} threads; {place.rates.source}"
-    line = harmless(line)
-    return f"{line}.\nctx: most that fits; prompt, gen: tokens per second; loss: KL divergence that the recipe costs the 7 M example model."
+    return f"{harmless(line)}."
 
 
 def _document(
@@ -254,7 +255,7 @@ def _sizes(device: str | None, threads: int | None, options: dict[str, Any], as_
     for name, some in found.items():
         table.add_row(name, *(_cell(row) for row in some))
     _print(table)
-    click.echo(_machine_line(place).splitlines()[0])
+    click.echo(_machine_line(place))
     click.echo(
         f"GiB of RAM with a context of {options['ctx']}, and tokens generated per second; "
         "-: does not fit."
