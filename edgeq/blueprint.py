@@ -140,6 +140,7 @@ def read(path: Path | str) -> Blueprint:
     known = len(metadata.get("tokenizer.ggml.tokens", ())) > 0
     head = gguf.size + (0 if known or arch is None else ENTRY * arch.vocab_size)
     files = [_file(recipe, specs, head, arch, gguf.alignment) for recipe, specs in made.items()]
+    files.sort(key=lambda file: file.nbytes)
     return Blueprint(Path(path).name, files, arch, problem, exact=known or arch is None)
 
 

@@ -94,7 +94,7 @@ def predict(
     """Speed of a prompt of PROMPT tokens and of generation, after `depth` tokens.
 
     efficiency: of an engine that is not this one: its share of the bandwidth when it generates, and
-    of the panel kernels' speed with prompts; then nothing else is counted.
+    of the machine's 8-bit dot products with prompts; then nothing else is counted.
     """
     if file.arch is None:
         raise RequestError(f"{file.recipe}: its architecture is not supported: no prediction")
@@ -105,9 +105,9 @@ def predict(
 
 def _told(file: File, rates: Rates, efficiency: tuple[float, float]) -> tuple[Speed | None, Speed]:
     read = sum(m.rows * m.row_bytes for m in file.matrices) / 1e9
-    decode = Speed(efficiency[0] * rates.read / read, "memory")
-    seconds = _tile_seconds(file, rates)
-    return (Speed(efficiency[1] / seconds, "compute") if seconds else None), decode
+    macs = sum(m.rows * m.cols for m in file.matrices[:-1]) / 1e9
+    prefill = Speed(efficiency[1] * rates.dot / macs, "compute") if rates.dot else None
+    return prefill, Speed(efficiency[0] * rates.read / read, "memory")
 
 
 def _tile_seconds(file: File, rates: Rates) -> float | None:
@@ -179,7 +179,7 @@ def recommended(found: Sequence[Row]) -> tuple[Row, str] | None:
     good = [row for row in fitting if (row.file.divergence or 0.0) <= GOOD]
     if good:
         best = min(good, key=lambda row: row.file.nbytes)
-        return best, "the smallest that fits whose loss is hard to notice"
+        return best, "the smallest that fits of which a loss is hard to notice"
     if fitting:
         best = min(fitting, key=lambda row: row.file.divergence or 0.0)
         return best, "of those that fit the one that loses least"

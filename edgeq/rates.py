@@ -46,6 +46,7 @@ class Rates:
     read: float  # 1e9 bytes per second with the threads of generation
     row: dict[str, float] = field(default_factory=dict)  # 1e9 weights per second, in cache
     tile: dict[str, float] = field(default_factory=dict)  # 1e9 multiply-adds per second
+    dot: float = 0.0  # 1e9 8-bit multiply-adds per second at most; 0: not known
     source: str = ""  # where the figures come from, for people
 
 
@@ -87,6 +88,7 @@ def of_device(device: Device, threads: tuple[int, int] | None = None) -> Rates:
         {name: few * fast.ghz * 256 / cycles for name, cycles in core.row.items()},
         {name: many * fast.ghz * macs for name, macs in core.tile.items()}
         or (dict.fromkeys(blocks.formats(), peak * PANEL_SHARE) if peak else {}),
+        peak,
         f"memory {limit.kind}, kernels " + ("predicted" if core.row else "unknown"),
     )
 
@@ -127,7 +129,8 @@ def measured(
             cache.remember(f"rates-{kind}", isa, kept)
         rates[kind] = {fmt: kept[fmt] * min(count, machine.usable) for fmt in wanted}
     limit = limits.measure(few, machine.usable)
-    return Rates((few, many), limit.read_gbs, rates["row"], rates["tile"], "measured here")
+    dot = limits.measure(many, machine.usable).dot_gmacs if many != few else limit.dot_gmacs
+    return Rates((few, many), limit.read_gbs, rates["row"], rates["tile"], dot, "measured here")
 
 
 def _sane(kept: dict[str, Any] | None) -> dict[str, float]:

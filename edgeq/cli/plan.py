@@ -41,7 +41,7 @@ class _Place:
 @click.option(
     "--efficiency",
     metavar="DECODE[,PREFILL]",
-    help="Of another engine: the share of bandwidth, and of our kernels, that it reaches.",
+    help="Of another engine: the shares of bandwidth and of dot products that it reaches.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 def command(
@@ -193,12 +193,12 @@ def _rate(speed: "Speed | None") -> str:
 
 
 def _machine_line(place: _Place) -> str:
-    line = f"{place.name}: {human(max(place.ram, 0))} of memory for it"
+    lines = [f"{place.name}: {human(max(place.ram, 0))} of memory for it"]
     if place.rates:
         few, many = place.rates.threads
         counts = f"{few}" if few == many else f"{few} (prompts: {many})"
-        line += f", {place.rates.read:.3g} GB/s with {counts} threads; {place.rates.source}"
-    return f"{harmless(line)}."
+        lines += [f"{place.rates.read:.3g} GB/s with {counts} threads; {place.rates.source}"]
+    return harmless("\n".join(lines))
 
 
 def _document(
@@ -245,8 +245,11 @@ def _sizes(device: str | None, threads: int | None, options: dict[str, Any], as_
     plans = blueprints()
     with _status() as status:
         place = _place(device, threads, plans, status)
-    options["ctx"] = options["ctx"] or CONTEXT
-    found = {plan.name: rows(plan, place.rates, place.isa, place.ram, **options) for plan in plans}
+    wanted = options["ctx"] or CONTEXT
+    found = {}
+    for plan in plans:
+        options["ctx"] = min(wanted, plan.arch.context_length) if plan.arch else wanted
+        found[plan.name] = rows(plan, place.rates, place.isa, place.ram, **options)
     if as_json:
         records = [{"size": name, **_record(row)} for name, some in found.items() for row in some]
         click.echo(json.dumps({"device": place.name, "available": place.ram, "rows": records}))
@@ -256,10 +259,7 @@ def _sizes(device: str | None, threads: int | None, options: dict[str, Any], as_
         table.add_row(name, *(_cell(row) for row in some))
     _print(table)
     click.echo(_machine_line(place))
-    click.echo(
-        f"GiB of RAM with a context of {options['ctx']}, and tokens generated per second; "
-        "-: does not fit."
-    )
+    click.echo(f"RAM in GiB with a context of {wanted}, tokens generated per second (-: too large)")
 
 
 def _cell(row: "Row") -> str:

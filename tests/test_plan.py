@@ -1,0 +1,348 @@
+"""Predictions: sizes to the byte; memory, speed beside what was measured and published."""
+
+import http.server
+import itertools
+import json
+import re
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import published
+import pytest
+from click.testing import CliRunner, Result
+
+import edgeq
+from edgeq import blueprint, cli, devices, hub, limits, plan, rates
+from edgeq.blueprint import AS_IS, Blueprint, read
+from edgeq.errors import FormatError, RequestError, ResourceError
+from edgeq.kernels import cache
+from edgeq.kernels import isa as isas
+from edgeq.limits import Limits
+from edgeq.rates import Rates
+from edgeq.sizes import blueprints
+
+EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "tiny-home"
+F16 = ("f16", "f16")
+PI5 = rates.of_device(devices.get("rpi5"))
+
+
+@pytest.fixture(scope="module")
+def example() -> Blueprint:
+    return read(EXAMPLE)
+
+
+def planned(*args: str) -> Result:
+    return CliRunner().invoke(cli.app, ["plan", *args])
+
+
+# -- sizes -----------------------------------------------------------------------------------------
+@pytest.mark.parametrize("recipe", ["Q4_K_M", "Q2_K", "Q8_0", "F16"])
+def test_sizes_are_what_convert_writes(recipe: str, example: Blueprint, tmp_path: Path) -> None:
+    made = edgeq.convert(EXAMPLE, tmp_path / "m.gguf", recipe, method="rtn")
+    [file] = [file for file in example.files if file.recipe == recipe]
+    assert file.nbytes == made.stat().st_size
+    again = read(made)
+    if recipe == "F16":  # from which the others can be made
+        assert {f.recipe: f.nbytes for f in again.files}.keys() == {f.recipe for f in example.files}
+    else:
+        [kept] = again.files
+        assert (kept.recipe, kept.nbytes) == (AS_IS, file.nbytes)
+        assert kept.bits_per_weight == pytest.approx(file.bits_per_weight)
+
+
+def test_more_bits_lose_less(example: Blueprint) -> None:
+    """Of the recipes of K-quants; the smallest file comes first."""
+    sizes = [file.nbytes for file in example.files]
+    assert sizes == sorted(sizes)
+    named = {file.recipe: file for file in example.files}
+    order = [named[name] for name in ("Q2_K", "Q3_K_M", "Q4_K_M", "Q5_K_M", "Q6_K", "Q8_0")]
+    for small, large in itertools.pairwise(order):
+        assert (small.divergence or 0) > (large.divergence or 0) > 0
+        assert small.bits_per_weight < large.bits_per_weight
+
+
+# -- memory ----------------------------------------------------------------------------------------
+MEASURE = """
+import sys, edgeq
+from edgeq import memory
+with edgeq.load(sys.argv[1], ctx=256, kv="f16") as model:
+    model.feed([i % 4000 for i in range(255)], logits=True)
+    print(memory.peak(), model.threads, model.threads_batch, model.kv_bytes)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="peaks are measured as Linux counts them")
+def test_memory_is_what_a_process_takes(example: Blueprint, tmp_path: Path) -> None:
+    made = edgeq.convert(EXAMPLE, tmp_path / "m.gguf", "Q8_0", method="rtn")
+    command = [sys.executable, "-c", MEASURE, str(made)]
+    shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    peak, few, many, _ = (int(word) for word in shown.split())
+    [file] = [file for file in example.files if file.recipe == "Q8_0"]
+    assert file.ram(256, F16, (few, many), isas.choose()) == pytest.approx(peak, rel=0.25)
+
+
+def test_memory_grows_with_context_and_type(example: Blueprint) -> None:
+    big = blueprints()[-1].files[0]
+    isa = isas.modules()["dotprod"]
+
+    def ram(ctx: int, *kv: str) -> int:
+        return big.ram(ctx, (kv[0], kv[-1]), (2, 4), isa)
+
+    assert big.arch is not None
+    per_position = 2 * 2 * big.arch.block_count * big.arch.head_count_kv * big.arch.head_dim
+    assert ram(8192, "f16") - ram(4096, "f16") == pytest.approx(4096 * per_position, rel=0.02)
+    assert ram(4096, "f16") > ram(4096, "q8_0", "f16") > ram(4096, "q8_0") > ram(4096, "q4_0")
+
+
+@pytest.mark.parametrize("kv", ["f16", "q4_0"])
+def test_the_largest_context_just_fits(kv: str) -> None:
+    isa, pair = isas.modules()["dotprod"], (kv, kv)
+    for model in blueprints()[:3]:
+        for file in model.files:
+            need = file.ram(2048, pair, (2, 4), isa)
+            largest = file.largest_context(need, pair, (2, 4), isa)
+            assert 2048 - 32 <= largest <= 2048
+            assert file.largest_context(file.nbytes, pair, (2, 4), isa) == 0
+            assert file.largest_context(1 << 40, pair, (2, 4), isa) == model.arch.context_length
+
+
+# -- speed -----------------------------------------------------------------------------------------
+def test_published_speeds_are_predicted() -> None:
+    """Within a quarter, told the engine's efficiency; what misses is known, and does miss."""
+    found = list(published.rows())
+    assert {row.device for row in found} >= {"rpi5", "rpi4", "rk3588"}
+    for row in found:
+        assert (abs(row.off) > 0.25) == bool(row.misses), row
+    assert sum(not row.misses for row in found) >= 25
+
+
+def test_a_slower_part_is_the_limit(example: Blueprint) -> None:
+    file = next(file for file in blueprints()[3].files if file.recipe == "Q4_K_M")
+    formats = {m.format.name for m in file.matrices} | {"F16"}
+    fast = dict.fromkeys(formats, 1e4)
+    bound = Rates((2, 2), 10.0, fast, fast)
+    prefill, decode = plan.predict(file, bound)
+    nbytes = sum(m.rows * m.row_bytes for m in file.matrices)
+    assert prefill is not None
+    assert decode.limit == "memory"
+    assert decode.tokens == pytest.approx(10e9 / nbytes, rel=0.05)
+    slow = Rates((2, 2), 1e4, dict.fromkeys(formats, 10.0), fast)
+    assert plan.predict(file, slow)[1].limit == "compute"
+    # With much in the cache, attention is.
+    deep = plan.predict(file, slow, depth=100_000)[1]
+    assert deep.limit == "attention"
+    assert deep.tokens < plan.predict(file, slow)[1].tokens / 2
+    assert plan.predict(file, Rates((2, 2), 10.0))[0] is None  # nothing is known of panels
+
+
+def test_rates_of_a_device_come_from_its_files() -> None:
+    assert PI5.threads == (2, 4)
+    assert PI5.read == 13.23
+    assert rates.of_device(devices.get("rpi5"), (4, 4)).read == 11.59
+    known = devices.get("laptop-avx2")
+    assert rates.of_device(known).read == pytest.approx(known.read[0].gbs * rates.ATTAINABLE)
+    assert "theoretical" in rates.of_device(known).source
+    with pytest.raises(RequestError, match="no cores or no bandwidth"):
+        rates.of_device(devices.get("generic"))
+
+
+def test_rates_of_this_machine_are_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept: dict[str, dict[str, float]] = {}
+    monkeypatch.setattr(cache, "recall", lambda name, isa: kept.get(name))
+    monkeypatch.setattr(cache, "remember", lambda name, isa, values: kept.update({name: values}))
+    monkeypatch.setattr(limits, "measure", lambda threads, cores: Limits(threads, 7.0, 9.0))
+    monkeypatch.setattr(rates, "SECONDS", 0.005)
+    said: list[str] = []
+    found = rates.measured(["Q8_0", "F16"], (1, 1), lambda what, *_: said.append(what))
+    assert (found.read, found.dot, set(found.row)) == (7.0, 9.0, {"Q8_0", "F16"})
+    assert said[-1] == "measuring Q8_0"
+    assert min(*found.row.values(), *found.tile.values()) > 0.01
+    kept["rates-row"]["Q8_0"] = float("nan")  # a damaged entry
+    kept["rates-row"]["F16"] = 5.0
+    said.clear()
+    again = rates.measured(["Q8_0", "F16"], (1, 1), lambda what, *_: said.append(what))
+    assert said == [word for word in said if "F16" not in word]
+    assert again.row["F16"] == 5.0
+    assert again.row["Q8_0"] > 0
+
+
+# -- advice ----------------------------------------------------------------------------------------
+def test_advice_is_the_smallest_good_one_that_fits(example: Blueprint) -> None:
+    isa = isas.modules()["dotprod"]
+    file = {file.recipe: file for file in example.files}
+    rows = plan.rows(example, PI5, isa, 1 << 30)
+    best = plan.recommended(rows)
+    assert best is not None
+    assert best[0].file.recipe == "Q4_K_M"
+    # Where only less fits, the best of that; where nothing fits, nothing.
+    ram = file["Q3_K_M"].ram(256, F16, PI5.threads, isa)
+    worse = plan.recommended(plan.rows(example, PI5, isa, ram))
+    assert worse is not None
+    assert worse[0].file.recipe == "Q3_K_M"
+    assert plan.recommended(plan.rows(example, PI5, isa, 1 << 20)) is None
+
+
+def test_a_plan_is_shown(tmp_path: Path) -> None:
+    shown = planned(str(EXAMPLE), "--device", "rpi5-8gb")
+    assert shown.exit_code == 0, shown.stderr
+    assert all(len(line) <= 80 for line in shown.stdout.splitlines()), shown.stdout
+    assert re.search(r"\* +Q4_K_M +4\.5 MiB +5\.07 ", shown.stdout)
+    assert "Take Q4_K_M" in shown.stdout
+    found = json.loads(planned(str(EXAMPLE), "--device", "rpi5-8gb", "--json").stdout)
+    assert found["recommended"]["recipe"] == "Q4_K_M"
+    assert (found["threads"], found["threads_batch"], found["read_gbs"]) == (2, 4, 13.23)
+    assert {"recipe", "bytes", "ram", "fits", "largest_context", "decode"} <= set(found["rows"][0])
+
+
+def test_sizes_that_could_run_are_shown() -> None:
+    shown = planned("--device", "rpi5-8gb")
+    assert shown.exit_code == 0, shown.stderr
+    assert all(len(line) <= 80 for line in shown.stdout.splitlines()), shown.stdout
+    rows = json.loads(planned("--device", "rpi5-8gb", "--json").stdout)["rows"]
+    fits = {(row["size"], row["recipe"]): row["fits"] for row in rows}
+    assert fits["8B", "Q4_K_M"]
+    assert not fits["14B", "Q4_K_M"]
+    small = json.loads(planned("--device", "rpizero2w", "--json", "-c", "512").stdout)["rows"]
+    fit = [row["size"] for row in small if row["fits"] and row["recipe"] == "Q4_K_M"]
+    assert fit == ["135M", "360M"]
+
+
+def test_what_cannot_be_planned_is_said_in_one_line(tmp_path: Path) -> None:
+    for args, problem in (
+        (["--device", "rpi6"], "device 'rpi6' is unknown: did you mean rpi5"),
+        ([str(EXAMPLE), "--device", "rpi5", "-c", "257"], "was trained on 256 positions"),
+        ([str(EXAMPLE), "--device", "rpi5", "--kv", "q3"], "KV cache type 'q3'"),
+        ([str(EXAMPLE), "--device", "generic"], "device generic: "),
+        ([str(EXAMPLE), "--device", "rpi5", "--efficiency", "x"], "expected shares such as"),
+        ([str(EXAMPLE), "--device", "rpi5", "--efficiency", "0,1"], "expected shares such as"),
+        ([str(tmp_path / "none.gguf")], "no such file"),
+    ):
+        shown = planned(*args)
+        assert shown.exit_code == 2
+        assert problem in shown.stderr
+        assert len(shown.stderr.splitlines()) == 1
+
+
+def test_a_model_that_the_engine_cannot_run_still_has_sizes(tmp_path: Path) -> None:
+    made = edgeq.convert(EXAMPLE, tmp_path / "m.gguf", "F16", method="rtn")
+    raw = made.read_bytes()
+    made.write_bytes(raw.replace(b"llama", b"mamba"))
+    found = read(made)
+    assert found.arch is None
+    assert "architecture 'mamba' is not supported" in found.problem
+    shown = planned(str(made), "--device", "rpi5")
+    assert shown.exit_code == 0
+    assert "the engine cannot run it: architecture 'mamba'" in shown.stderr
+    assert "4.5 MiB" in shown.stdout
+
+
+# -- from the hub ----------------------------------------------------------------------------------
+class Server(http.server.BaseHTTPRequestHandler):
+    """Files of a folder as the hub gives them, parts of files too; what was sent is counted."""
+
+    folder: Path
+    sent: dict[str, int]
+
+    def do_GET(self) -> None:
+        if self.path.startswith("/api/models/"):
+            names = [{"rfilename": path.name} for path in self.folder.iterdir()]
+            self._send(200, json.dumps({"id": "user/m", "siblings": names}).encode(), {})
+            return
+        path = self.folder / self.path.rpartition("/")[2]
+        if not path.is_file():
+            self._send(404, b"", {})
+            return
+        content = path.read_bytes()
+        start, stop = (
+            int(word) for word in self.headers["Range"].removeprefix("bytes=").split("-")
+        )
+        part = content[start : stop + 1]
+        self.sent[path.name] = self.sent.get(path.name, 0) + len(part)
+        place = f"bytes {start}-{start + len(part) - 1}/{len(content)}"
+        self._send(206, part, {"Content-Range": place})
+
+    def _send(self, code: int, body: bytes, headers: dict[str, str]) -> None:
+        self.send_response(code)
+        for name, value in {"Content-Length": str(len(body)), **headers}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Server]]:
+    """A hub on this machine with the files of a folder as user/m."""
+    handler = type("Handler", (Server,), {"folder": tmp_path / "repo", "sent": {}})
+    handler.folder.mkdir()
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    place = f"http://127.0.0.1:{server.server_address[1]}"
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", place)
+    monkeypatch.setattr(
+        "huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE",
+        place + "/{repo_id}/resolve/{revision}/{filename}",
+    )
+    monkeypatch.setattr(hub, "_files", lambda repo: [p.name for p in handler.folder.iterdir()])
+    yield handler
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+def test_of_a_hub_name_only_headers_are_fetched(
+    served: type[Server], example: Blueprint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hub, "_STEP", 1 << 16)
+    for name in ("config.json", "model.safetensors", "tokenizer.model"):
+        shutil.copy(EXAMPLE / name, served.folder)
+    with hub.headers("user/m") as path:
+        found = read(path)
+        assert path.name == "m"
+    assert not path.exists()
+    assert served.sent["model.safetensors"] <= 1 << 16
+    assert "tokenizer.model" not in served.sent
+    assert not found.exact
+    for file, whole in zip(found.files, example.files):
+        assert (file.recipe, file.data) == (whole.recipe, whole.data)
+        assert file.nbytes == pytest.approx(whole.nbytes, rel=0.1)
+
+
+def test_of_a_hub_file_only_its_header_is_fetched(
+    served: type[Server], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hub, "_STEP", 1 << 14)  # less than the header: several requests
+    made = edgeq.convert(EXAMPLE, served.folder / "m-F16.gguf", "F16", method="rtn")
+    with hub.headers("user/m:f16") as path:
+        found = read(path)
+    assert found.exact
+    assert [f.nbytes for f in found.files] == [f.nbytes for f in read(made).files]
+    assert served.sent["m-F16.gguf"] < made.stat().st_size / 10
+
+
+def test_damaged_files_of_a_hub_are_refused(
+    served: type[Server], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (served.folder / "m-Q8_0.gguf").write_bytes(b"GGUF" + bytes(100))
+    with pytest.raises(FormatError), hub.headers("user/m"):
+        pass
+    (served.folder / "config.json").write_text("{}")
+    (served.folder / "model.safetensors").write_bytes(b"\xff" * 100)
+    with pytest.raises(FormatError, match="no header"), hub.headers("user/m"):
+        pass
+    monkeypatch.setattr(hub, "_files", lambda repo: ["gone.gguf"])
+    with pytest.raises(ResourceError, match="not fetched"), hub.headers("user/m"):
+        pass
+
+
+def test_a_path_is_read_as_it_is() -> None:
+    with hub.headers(str(EXAMPLE)) as path:
+        assert path == EXAMPLE
+    assert blueprint.PROCESS > 1 << 20
