@@ -30,7 +30,7 @@ __all__ = ["Blueprint", "File", "of_arch", "read"]
 
 AS_IS = "as it is"  # in place of a recipe's name
 # Bytes of a process without a model: Python, NumPy, LLVM's run-time part, kernels.
-PROCESS = 98 << 20
+PROCESS = 50 << 20
 ENTRY = 40  # bytes of metadata per token of a vocabulary that is not at hand: text, type, merge
 
 

@@ -29,6 +29,8 @@ SECONDS = 0.1  # per kernel
 TOKENS, PANEL_ROWS = 128, 256
 # Of what memory is sold for, programs get about so much where nobody measured it.
 ATTAINABLE = 0.65
+# Of what a panel kernel does alone, from cache, several threads with a whole layer do so much.
+TOGETHER = 0.94
 # Of the dot products that a core can do, a panel kernel does about so many where nobody knows.
 PANEL_SHARE = 0.6
 Progress = Callable[[str, int, int], None]
@@ -127,7 +129,8 @@ def measured(
         if missing:
             kept |= _probe(missing, isa, tokens, progress)
             cache.remember(f"rates-{kind}", isa, kept)
-        rates[kind] = {fmt: kept[fmt] * min(count, machine.usable) for fmt in wanted}
+        share = min(count, machine.usable) * (1 if tokens == 1 else TOGETHER)
+        rates[kind] = {fmt: kept[fmt] * share for fmt in wanted}
     limit = limits.measure(few, machine.usable)
     dot = limits.measure(many, machine.usable).dot_gmacs if many != few else limit.dot_gmacs
     return Rates((few, many), limit.read_gbs, rates["row"], rates["tile"], dot, "measured here")
