@@ -1,5 +1,6 @@
-"""Speeds that others published, beside what `edgeq plan` predicts when it is told how efficient
-their engine is. `python tests/published.py` prints the table of docs/devices.md.
+"""Speeds that were measured or published, beside what `edgeq plan` predicts: for ours with the
+rates of kernels and memory at that time, for those of others told how efficient their engine is.
+`python tests/published.py` prints the tables of docs/devices.md.
 """
 
 import tomllib
@@ -8,7 +9,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from edgeq import devices, rates
+from edgeq import blocks, devices, rates
 from edgeq.blueprint import Blueprint, of_arch
 from edgeq.models.arch import Arch, Rope
 from edgeq.plan import predict
@@ -66,7 +67,55 @@ def rows() -> Iterator[Published]:
                 )
 
 
+@dataclass(frozen=True)
+class Measured:
+    """A row of `edgeq bench`, and what was predicted for it."""
+
+    recipe: str
+    depth: int
+    prefill: float
+    decode: float
+    predicted: tuple[float, float]
+    misses: str
+
+    @property
+    def off(self) -> tuple[float, float]:
+        return self.predicted[0] / self.prefill - 1, self.predicted[1] / self.decode - 1
+
+
+def measured() -> Iterator[Measured]:
+    """With the kernels' own rates, and the read limit of each round."""
+    data = tomllib.loads((DATA.parent / "measured.toml").read_text())
+    each = {name: blocks.get(name).bytes / blocks.get(name).block for name in data["row"]}
+    row = {name: 2 * gbs / each[name] for name, gbs in data["row"].items()}
+    for bench in data["bench"]:
+        [file] = blueprint(data["model"], bench["recipe"]).files
+        nbytes = sum(m.rows * m.row_bytes for m in file.matrices)
+        read = bench["decode"] * nbytes / bench["share"] / 1e9
+        found, depth = rates.Rates((2, 2), read, row, data["tile"]), bench.get("depth", 0)
+        prefill = predict(file, found, depth=depth)[0]
+        decode = predict(file, found, depth=depth + 32)[1]  # in the middle of 64 tokens
+        assert prefill is not None
+        yield Measured(
+            bench["recipe"],
+            depth,
+            bench["prefill"],
+            bench["decode"],
+            (prefill.tokens, decode.tokens),
+            bench.get("misses", ""),
+        )
+
+
 def main() -> None:
+    print("| recipe | after | prompt of 512 | predicted | | generation | predicted | |")
+    print("|---|---:|---:|---:|---:|---:|---:|---:|")
+    for seen in measured():
+        (prompt, answer), (p, d) = seen.predicted, seen.off
+        print(
+            f"| {seen.recipe} | {seen.depth} | {seen.prefill} | {prompt:.1f} | {p:+.0%} |"
+            f" {seen.decode} | {answer:.1f} | {d:+.0%}{' (1)' * bool(seen.misses)} |"
+        )
+    print()
     print("| device | model | recipe | threads | | published | predicted | | source |")
     print("|---|---|---|---:|---|---:|---:|---:|---|")
     for row in rows():

@@ -120,6 +120,22 @@ def test_published_speeds_are_predicted() -> None:
     assert sum(not row.misses for row in found) >= 25
 
 
+def test_measured_speeds_are_predicted() -> None:
+    """Within 15 %, with the rates of kernels and memory at that time."""
+    found = list(published.measured())
+    for row in found:
+        assert abs(row.off[0]) <= 0.15, row
+        assert (abs(row.off[1]) > 0.15) == bool(row.misses), row
+    assert sum(not row.misses for row in found) >= 12
+
+
+def test_the_page_shows_what_is_predicted(capsys: pytest.CaptureFixture[str]) -> None:
+    published.main()
+    page = (EXAMPLE.parents[1] / "docs/devices.md").read_text()
+    assert set(capsys.readouterr().out.splitlines()) <= set(page.splitlines())
+    assert all(f"`{device.id}`" in page for device in devices.every())
+
+
 def test_a_slower_part_is_the_limit(example: Blueprint) -> None:
     file = next(file for file in blueprints()[3].files if file.recipe == "Q4_K_M")
     formats = {m.format.name for m in file.matrices} | {"F16"}
