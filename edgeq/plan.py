@@ -7,6 +7,7 @@ are about as fast they are in each other's way, as a power mean of their times s
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import ModuleType
+from typing import Literal
 
 from edgeq import cache
 from edgeq.blueprint import Blueprint, File
@@ -25,8 +26,6 @@ ATTENTION_ROW, ATTENTION_TILE, VALUE = 1.4, 1.3, 40.0
 OP = 1.5e-6  # seconds to start an operation of a layer and meet the other threads
 OPS = 10  # operations of a layer
 GOOD = 0.004  # divergence of the example model up to which a loss is hard to notice
-READING = 7.0  # tokens per second: as fast as most people read
-LIMITS = ("memory", "compute", "attention")
 
 
 @dataclass(frozen=True)
@@ -34,7 +33,7 @@ class Speed:
     """Tokens per second, and what holds them up."""
 
     tokens: float
-    limit: str  # one of LIMITS
+    limit: Literal["memory", "compute", "attention"]
 
 
 @dataclass(frozen=True)
@@ -127,8 +126,10 @@ def _prefill(file: File, arch: Arch, rates: Rates, depth: int) -> Speed | None:
     attention = ATTENTION_TILE * _attended(arch) * seen / floats if floats else 0.0
     rest = VALUE * _values(arch) / floats if floats else 0.0
     read = sum(m.rows * m.row_bytes for m in file.matrices[:-1]) / rates.read / 1e9 / PROMPT
-    total = {"memory": read, "compute": tiles + rest, "attention": attention}
-    return _speed(total)
+    tokens = 1 / (read + tiles + rest + attention)
+    if attention > tiles + rest:
+        return Speed(tokens, "attention")
+    return Speed(tokens, "memory" if read > tiles + rest else "compute")
 
 
 def _decode(file: File, arch: Arch, rates: Rates, kv: tuple[str, str], depth: int) -> Speed:
@@ -145,17 +146,14 @@ def _decode(file: File, arch: Arch, rates: Rates, kv: tuple[str, str], depth: in
     rest = OP * OPS * arch.block_count
     rest += VALUE * _values(arch) / floats if floats else 0.0
     total = both + _slower(kept, attention) + rest
-    limit = "attention" if attention > both else "memory" if reading > computing else "compute"
-    return Speed(1 / total, limit)
+    if attention > both:
+        return Speed(1 / total, "attention")
+    return Speed(1 / total, "memory" if reading > computing else "compute")
 
 
 def _slower(a: float, b: float) -> float:
     """The longer of two times that pass together."""
     return float((a**SMOOTH + b**SMOOTH) ** (1 / SMOOTH))
-
-
-def _speed(parts: dict[str, float]) -> Speed:
-    return Speed(1 / sum(parts.values()), max(parts, key=lambda name: parts[name]))
 
 
 def _attended(arch: Arch) -> int:
@@ -173,17 +171,19 @@ def recommended(found: Sequence[Row]) -> tuple[Row, str] | None:
     """The row to take, and why; None when nothing fits.
 
     Of those that fit: the smallest of which a loss is hard to notice; where none is that good, the
-    one that loses least; where that is slower than people read, the next faster.
+    one that loses least.
     """
-    fitting = [row for row in found if row.fits and row.file.divergence is not None]
-    good = [row for row in fitting if (row.file.divergence or 0.0) <= GOOD]
+    fitting = [row for row in found if row.fits]
+    known = [row for row in fitting if row.file.divergence is not None]
+    good = [row for row in known if (row.file.divergence or 0.0) <= GOOD]
     if good:
-        best = min(good, key=lambda row: row.file.nbytes)
-        return best, "the smallest that fits of which a loss is hard to notice"
-    if fitting:
-        best = min(fitting, key=lambda row: row.file.divergence or 0.0)
-        return best, "of those that fit the one that loses least"
-    plain = [row for row in found if row.fits]
-    if plain:
-        return plain[0], "it fits"
-    return None
+        return min(good, key=_size), "the smallest that fits of which a loss is hard to notice"
+    if known:
+        return min(known, key=lambda row: row.file.divergence or 0.0), (
+            "of those that fit the one that loses least"
+        )
+    return (min(fitting, key=_size), "it fits") if fitting else None
+
+
+def _size(row: Row) -> int:
+    return row.file.nbytes

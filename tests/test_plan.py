@@ -16,7 +16,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 import edgeq
-from edgeq import blueprint, cli, devices, hub, limits, plan, rates
+from edgeq import cli, devices, hub, limits, plan, rates
 from edgeq.blueprint import AS_IS, Blueprint, read
 from edgeq.errors import FormatError, RequestError, ResourceError
 from edgeq.kernels import cache
@@ -214,6 +214,15 @@ def test_a_plan_is_shown(tmp_path: Path) -> None:
     assert {"recipe", "bytes", "ram", "fits", "largest_context", "decode"} <= set(found["rows"][0])
 
 
+def test_without_a_device_it_is_about_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rates, "measured", lambda formats, *_: PI5 if "Q6_K" in formats else None)
+    found = json.loads(planned(str(EXAMPLE), "--json").stdout)
+    assert (found["device"], found["read_gbs"]) == ("this machine", 13.23)
+    assert found["available"] > 1 << 20
+    made = json.loads(planned(str(EXAMPLE), "--json", "-t", "1", "--kv", "q8_0,f16").stdout)
+    assert made["rows"][0]["ram"] < found["rows"][0]["ram"]
+
+
 def test_sizes_that_could_run_are_shown() -> None:
     shown = planned("--device", "rpi5-8gb")
     assert shown.exit_code == 0, shown.stderr
@@ -361,4 +370,3 @@ def test_damaged_files_of_a_hub_are_refused(
 def test_a_path_is_read_as_it_is() -> None:
     with hub.headers(str(EXAMPLE)) as path:
         assert path == EXAMPLE
-    assert blueprint.PROCESS > 1 << 20

@@ -155,10 +155,17 @@ def _show_model(
     click.echo(_machine_line(place))
     click.echo("ctx: the most that fits. prompt, gen: tokens per second, limited by (gen) limit.")
     click.echo("loss: KL divergence that the recipe costs the small example model.")
+    click.echo(_advice(blueprint, best))
+
+
+def _advice(blueprint: "Blueprint", best: "tuple[Row, str] | None") -> str:
     if best is None:
-        click.echo(f"Nothing fits: {harmless(blueprint.name)} needs a machine with more memory.")
-    else:
-        click.echo(f"Take {best[0].file.recipe}: {best[1]}.")
+        return f"Nothing fits: {harmless(blueprint.name)} needs a machine with more memory."
+    row, reason = best
+    lines = [f"Take {row.file.recipe}: {reason}."] if row.file.divergence is not None else []
+    if row.decode:
+        lines += [f"It would generate {_rate(row.decode)} tokens/s, held up by {row.decode.limit}."]
+    return "\n".join(lines or ["It fits."])
 
 
 def _table_of(found: "list[Row]", best: "tuple[Row, str] | None") -> Any:
