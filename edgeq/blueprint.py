@@ -120,7 +120,7 @@ def read(path: Path | str) -> Blueprint:
 
     >>> plan = read("examples/tiny-home")
     >>> [(file.recipe, file.nbytes) for file in plan.files if file.recipe == "Q4_K_M"]
-    [('Q4_K_M', 4747936)]
+    [('Q4_K_M', 4748128)]
     """
     with contextlib.closing(open_source(path, allow_requantize=True)) as source:
         metadata = {**source.metadata(), **file_keys(0)}
