@@ -73,6 +73,7 @@ LAYERS = [
         "divergence",
         "questions",
         "compare",
+        "deploy",
         "report",
         "bench",
         "doctor",
@@ -81,6 +82,7 @@ LAYERS = [
         "plan",
         "rates",
         "sizes",
+        "wheel",
     },
     {"cli", "__init__", "__main__"},
 ]
