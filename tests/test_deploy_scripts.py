@@ -80,7 +80,9 @@ def test_installing_twice_using_and_removing(bundle: Path) -> None:
     assert sorted(me.glob(".local/share/edgeq/venv-*")) != venvs
 
     run(bundle / "install.sh", "--uninstall")
-    assert {Path(name).name for name in tree(me) if (me / name).is_file()} == {"a model.gguf"}
+    left = {Path(name).name for name in tree(me) if (me / name).is_file()}
+    assert left == {"a model.gguf", ".edgeq-installed"}
+    run(bundle / "install.sh")
     run(bundle / "install.sh", "--uninstall", "--purge")
     assert not [name for name in tree(me) if (me / name).is_file()]
     assert "not installed" in run(bundle / "start.sh", code=2).stderr

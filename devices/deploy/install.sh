@@ -51,7 +51,6 @@ uninstall() {
   if [ -e "$prefix" ]; then
     ours || fail "$prefix: was not made by this script: left alone"
     rm -rf "$prefix"/venv "$prefix"/venv-*
-    rm -f "$prefix/.edgeq-installed"
   fi
   if [ -L "$bin/edgeq" ] && [ "$(readlink "$bin/edgeq")" = "$prefix/venv/bin/edgeq" ]; then
     rm -f "$bin/edgeq"
@@ -67,7 +66,10 @@ uninstall() {
       if id edgeq >/dev/null 2>&1; then userdel edgeq; fi
     fi
   fi
-  rmdir "$prefix" 2>/dev/null || true
+  if [ ! -d "$prefix/models" ]; then # they stay where a user's own are
+    rm -f "$prefix/.edgeq-installed"
+    rmdir "$prefix" 2>/dev/null || true
+  fi
   say "edgeq is removed${purge:+, models and compiled kernels too}"
 }
 
