@@ -177,8 +177,8 @@ make_unit() {
 }
 
 advise() {
-  ram=$(awk '/^MemTotal:/ {print int($2 / 1024)}' /proc/meminfo)
-  swap=$(awk '/^SwapTotal:/ {print int($2 / 1024)}' /proc/meminfo)
+  ram=$(($(sed -n 's/^MemTotal: *\([0-9]*\) kB$/\1/p' /proc/meminfo) / 1024))
+  swap=$(($(sed -n 's/^SwapTotal: *\([0-9]*\) kB$/\1/p' /proc/meminfo) / 1024))
   if [ "$ram" -lt 1100 ] && [ "$swap" -lt 256 ]; then
     say "advice: $ram MB of RAM and $swap MB of swap: for the first start, which compiles, add zram:"
     say "  sudo apt install zram-tools"

@@ -1,0 +1,65 @@
+"""What a start that compiles nothing imports and holds: a board with 512 MB must have room."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import edgeq
+from edgeq import kernels, memory
+from edgeq.kernels import cache
+from edgeq.kernels import isa as isas
+
+ROOT = Path(__file__).resolve().parents[1]
+MOST = 80 << 20  # bytes beside file and KV cache: Python, NumPy, the vocabulary, buffers
+
+ANSWER = """
+import json, sys, edgeq
+from edgeq import memory
+with edgeq.load(sys.argv[1], threads=2) as model:
+    said = "".join(model.chat([{"role": "user", "content": "What is the capital of Japan?"}],
+                              temperature=0))
+    print(json.dumps([said, memory.peak(), model.kv_bytes, sorted(sys.modules)]))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere LLVM links kernels")
+def test_a_warm_start_is_small(tmp_path: Path) -> None:
+    path = edgeq.convert(ROOT / "examples" / "tiny-home", tmp_path / "tiny.gguf", "Q8_0")
+    command = [sys.executable, "-c", ANSWER, str(path)]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    for _ in range(2):  # the first one may have to compile
+        done = subprocess.run(command, capture_output=True, text=True, env=env)
+        assert done.returncode == 0, done.stderr
+    said, peak, kv, modules = json.loads(done.stdout)
+    assert said == "Tokyo"
+    heavy = {"numba", "llvmlite.binding", "importlib.metadata", "rich", "prompt_toolkit", "gguf"}
+    assert not heavy & set(modules)
+    assert peak - path.stat().st_size - kv < MOST
+
+
+@pytest.mark.parametrize(("free", "children"), [(400 << 20, 1), (4 << 30, 2)])
+@pytest.mark.skipif(os.name != "posix", reason="needs the program true")
+def test_compilers_at_once(
+    free: int, children: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As many as memory allows."""
+    started: list[list[str]] = []
+    make = kernels._child
+
+    def child(names: list[str], *rest: Any) -> subprocess.Popen[str]:
+        started.append(names)
+        return make(names, *rest)
+
+    monkeypatch.setattr(cache, "folder", lambda isa: tmp_path)
+    monkeypatch.setattr(sys, "executable", "true")
+    monkeypatch.setattr(memory, "available", lambda: free)
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    monkeypatch.setattr(kernels, "_child", child)
+    kernels._compile(["lead", "serve", "walk"], isas.choose(), None)
+    assert len(started) == children
+    assert sorted(name for names in started for name in names) == ["lead", "serve", "walk"]
