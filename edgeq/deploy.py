@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import edgeq
 from edgeq import wheel
 from edgeq.data import find
 from edgeq.errors import RequestError, ResourceError
@@ -205,7 +204,6 @@ def _seal(part: Path, machine: str, pythons: Sequence[str], model: Path | None) 
     sizes = {name: (part / name).stat().st_size for name in sums}
     manifest = {
         "kind": KIND,
-        "edgeq": edgeq.__version__,
         "machine": machine,
         "pythons": list(pythons),
         "model": None if model is None else f"models/{model.name}",

@@ -11,12 +11,12 @@ from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 
-import edgeq
 from edgeq.data import find
 from edgeq.errors import ResourceError
 
 __all__ = ["build"]
 
+PACKAGE = Path(__file__).resolve().parent
 _WHEEL = "Wheel-Version: 1.0\nGenerator: edgeq\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
 _TIME = (1980, 1, 1, 0, 0, 0)  # the same files make the same wheel
 
@@ -26,10 +26,11 @@ def build(folder: Path) -> Path:
 
     Raises ResourceError when nothing says what edgeq needs.
     """
-    path = folder / f"edgeq-{edgeq.__version__}-py3-none-any.whl"
-    about = f"edgeq-{edgeq.__version__}.dist-info"
+    described = _metadata()
+    version = next(x[9:] for x in described.splitlines() if x.startswith("Version: "))
+    path, about = folder / f"edgeq-{version}-py3-none-any.whl", f"edgeq-{version}.dist-info"
     entries = dict(_files())
-    entries[f"{about}/METADATA"] = _metadata().encode()
+    entries[f"{about}/METADATA"] = described.encode()
     entries[f"{about}/WHEEL"] = _WHEEL.encode()
     entries[f"{about}/entry_points.txt"] = b"[console_scripts]\nedgeq = edgeq.__main__:main\n"
     record = "".join(f"{name},{_digest(data)},{len(data)}\n" for name, data in entries.items())
@@ -44,8 +45,7 @@ def build(folder: Path) -> Path:
 
 def _files() -> Iterator[tuple[str, bytes]]:
     """(name in the wheel, content) of the package and of its data folders."""
-    package = Path(edgeq.__file__).resolve().parent
-    places = {package: "edgeq", find("formats"): "edgeq/formats", find("devices"): "edgeq/devices"}
+    places = {PACKAGE: "edgeq", find("formats"): "edgeq/formats", find("devices"): "edgeq/devices"}
     for folder, name in places.items():
         for path in sorted(folder.rglob("*")):
             if path.is_file() and "__pycache__" not in path.parts:
@@ -59,13 +59,13 @@ def _digest(data: bytes) -> str:
 
 def _metadata() -> str:
     """Name, version and dependencies: of the checkout, else of the installation."""
-    project = Path(edgeq.__file__).resolve().parents[1] / "pyproject.toml"
+    project = PACKAGE.parent / "pyproject.toml"
     try:
         return _of_project(tomllib.loads(project.read_text(encoding="utf-8"))["project"])
     except (OSError, KeyError, ValueError):
         pass
     try:
-        return metadata.distribution("edgeq").read_text("METADATA") or ""
+        return str(metadata.distribution("edgeq").read_text("METADATA"))
     except metadata.PackageNotFoundError:
         raise ResourceError(
             f"{project.parent}: neither a checkout nor an installation of edgeq: install it again"
@@ -74,7 +74,7 @@ def _metadata() -> str:
 
 def _of_project(project: dict[str, object]) -> str:
     needs = project["dependencies"]
-    lines = ["Metadata-Version: 2.1", "Name: edgeq", f"Version: {edgeq.__version__}"]
+    lines = ["Metadata-Version: 2.1", "Name: edgeq", f"Version: {project['version']}"]
     lines += [f"Requires-Python: {project['requires-python']}"]
     lines += [f"Requires-Dist: {need}" for need in needs] if isinstance(needs, list) else []
     return "\n".join(lines) + "\n"
