@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 
 import click
 
+from edgeq import __version__
 from edgeq.cli._terminal import harmless
 from edgeq.errors import EdgeqError
 
@@ -126,7 +127,7 @@ def _leave_quietly() -> NoReturn:
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     params=[_debug_option()],
 )
-@click.version_option(package_name="edgeq", message="%(prog)s %(version)s")
+@click.version_option(__version__, message="%(prog)s %(version)s")
 def app() -> None:
     """Quantize Hugging Face checkpoints to GGUF and run them on this CPU."""
 
