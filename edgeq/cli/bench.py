@@ -60,7 +60,7 @@ def _list_option(*flags: str, text: str) -> Callable[[Any], Any]:
 @_list_option("-p", "--n-prompt", text="Prompt lengths; 0 = none. [512, or the context]")
 @_list_option("-n", "--n-gen", text="Tokens to generate; 0 = none. [128, or the context]")
 @_list_option("-d", "--n-depth", text="Tokens before. [0]")
-@_list_option("-t", "--threads", text="Threads. [one per performance core]")
+@_list_option("-t", "--threads", text="Threads. [what suits the machine]")
 @_list_option("-tb", "--threads-batch", text="Threads for prompts. [as -t]")
 @click.option("-r", "--repetitions", type=click.IntRange(1), default=5, help="Repetitions. [5]")
 @click.option("--no-warmup", is_flag=True, help="No uncounted run before.")

@@ -34,7 +34,7 @@ _THREADS = click.IntRange(1, 256)
 )
 @click.option("--questions", type=_FILE, help="JSON Lines of questions to answer; see below.")
 @click.option("--raw", is_flag=True, help="Ask the questions as plain text: no chat template.")
-@click.option("-t", "--threads", type=_THREADS, help="Threads. [one per performance core]")
+@click.option("-t", "--threads", type=_THREADS, help="Threads. [what suits the machine]")
 @click.option("-tb", "--threads-batch", type=_THREADS, help="Threads for prompts. [as -t]")
 @kv_options
 @click.option("--json", "as_json", is_flag=True, help="Print the results as one JSON object.")

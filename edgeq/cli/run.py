@@ -60,7 +60,7 @@ def _sampling_options(function: Any) -> Any:
     default=0,
     help="Context; 0 = the model's, up to 4096.",
 )
-@click.option("-t", "--threads", type=_THREADS, help="Threads. [one per performance core]")
+@click.option("-t", "--threads", type=_THREADS, help="Threads. [what suits the machine]")
 @click.option("-tb", "--threads-batch", type=_THREADS, help="Threads for prompts. [as -t]")
 @_sampling_options
 @click.option("--chat-template-file", type=_FILE, help="Jinja chat template to use instead.")
