@@ -83,12 +83,13 @@ def of_device(device: Device, threads: tuple[int, int] | None = None) -> Rates:
     limit = device.limit(few)
     assert limit is not None
     core = _core(fast.kind)
+    decoding, reading = min(few, fast.count) * fast.ghz, min(many, fast.count) * fast.ghz  # GHz
     peak = max((dot.gmacs for dot in device.dot), default=0.0)
     return Rates(
         (few, many),
         limit.gbs if limit.kind == "measured" else limit.gbs * ATTAINABLE,
-        {name: few * fast.ghz * 256 / cycles for name, cycles in core.row.items()},
-        {name: many * fast.ghz * macs for name, macs in core.tile.items()}
+        {name: decoding * 256 / cycles for name, cycles in core.row.items()},
+        {name: reading * macs for name, macs in core.tile.items()}
         or (dict.fromkeys(blocks.formats(), peak * PANEL_SHARE) if peak else {}),
         peak,
         f"memory {limit.kind}, kernels " + ("predicted" if core.row else "unknown"),

@@ -159,6 +159,8 @@ def test_rates_of_a_device_come_from_its_files() -> None:
     assert PI5.threads == (2, 4)
     assert PI5.read == 13.23
     assert rates.of_device(devices.get("rpi5"), (4, 4)).read == 11.59
+    board = devices.get("rk3588")  # more threads than fast cores only wait for the slow ones
+    assert rates.of_device(board, (8, 8)).tile == rates.of_device(board, (4, 4)).tile
     known = devices.get("laptop-avx2")
     assert rates.of_device(known).read == pytest.approx(known.read[0].gbs * rates.ATTAINABLE)
     assert "theoretical" in rates.of_device(known).source
