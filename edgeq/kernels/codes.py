@@ -238,7 +238,12 @@ def block_scales(e: Emit, c: Coding, name: str, step: Value) -> Value:
     field = c.fmt.fields[name]
     if field.type != "f16":
         raise KernelError(f"{c.fmt.name}: a scale of type {field.type}: expected f16")
-    return e.isa.from_f16(e, _halves(e, c, field.at, step))
+    if c.blocks > 1 or "dmin" not in c.fmt.fields:
+        return e.isa.from_f16(e, _halves(e, c, field.at, step))
+    # Two that lie side by side are converted at once.
+    first = min(c.fmt.fields[k].at for k in ("d", "dmin"))
+    both = e.isa.from_f16(e, e.load(vector(F16, 2), step, first))
+    return e.pick(both, [(field.at - first) // 2])
 
 
 def _scalars(e: Emit, c: Coding, name: str, step: Value) -> Value:

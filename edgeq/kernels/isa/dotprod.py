@@ -16,7 +16,7 @@ from edgeq.kernels.isa.neon import (
     stacked,
     to_f16,
 )
-from edgeq.kernels.llvm import F32, I32, Emit, Value, vector
+from edgeq.kernels.llvm import F32, I16, I32, Emit, Value, vector
 
 __all__ = [
     "counted",
@@ -59,8 +59,8 @@ def sums(
     peak: int,
     scales: Value | None = None,
 ) -> Value:
-    """sdot, then addp between groups. With `scales` (f32 not below 0, one per 32 weights) half of
-    the sums start in general registers: see `starts`.
+    """sdot, then addp between groups. With `scales` (f32 not below 0, one per 32 weights) sums
+    of 16 start in general registers: see `starts`.
     """
     zero = e.fill(I32, 4, 0)
     held = [zero] * len(groups)
@@ -69,16 +69,23 @@ def sums(
     for k, group in enumerate(groups):
         for w, x in group:
             held[k] = dot(e, held[k], w, x, signed=True)
+    if 127 * 16 * len(groups[0]) * peak < 1 << 15 and len(held) > 1:
+        held = [_halved(e, a, b) for a, b in zip(held[::2], held[1::2], strict=True)]
     for _ in range(2):
         held = [neon.pairs(e, a, b) for a, b in zip(held[::2], held[1::2] or held, strict=True)]
-    return e.pick(e.join(held), range(len(groups)))
+    return e.pick(e.widen(e.join(held), I32, signed=True), range(len(groups)))
+
+
+def _halved(e: Emit, a: Value, b: Value) -> Value:
+    """uzp1: i16[8] of the sums in a, then of those in b."""
+    halves = [e.b.bitcast(v, vector(I16, 8)) for v in (a, b)]
+    return e.pick(halves[0], range(0, 16, 2), halves[1])
 
 
 def _nothing(e: Emit, scales: Value, k: int) -> Value:
-    """0"""
+    """0, a different one for each of sixteen: the sign bit of a scale, or all bits like it."""
     bits = e.load(I32, scales, k % 8 * 4)
-    sign = e.b.ashr(bits, I32(31))
-    return sign if k < 8 else e.b.and_(sign, e.b.ashr(bits, I32(30)))
+    return e.b.ashr(bits, I32(31)) if k < 8 else e.b.lshr(bits, I32(31))
 
 
 def spread(e: Emit, kind: ir.Type, pointer: Value, count: int, lanes: int) -> list[Value]:
