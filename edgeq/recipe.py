@@ -124,8 +124,7 @@ def to_toml(recipe: Recipe) -> str:
     """
     head = {field.name: getattr(recipe, field.name) for field in fields(recipe)}
     rules = head.pop("rule")
-    del head["divergence"]  # of that very recipe and model
-    lines = [f"{key} = {toml(value)}" for key, value in head.items()]
+    lines = [f"{key} = {toml(value)}" for key, value in head.items() if value is not None]
     return "\n".join([*lines, "rule = [", *map(_rule_line, rules), "]", ""])
 
 
