@@ -12,6 +12,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from edgeq import errors
+from edgeq.version import VERSION
 
 if TYPE_CHECKING:
     from edgeq.blocks import decode as dequantize
@@ -31,7 +32,7 @@ __all__ = [
     "perplexity",
     "quantize",
 ]
-__version__ = "0.1.0"
+__version__ = VERSION
 
 # What is imported on first use, so that `import edgeq` costs nothing.
 _HOMES = {

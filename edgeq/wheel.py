@@ -13,6 +13,7 @@ from pathlib import Path
 
 from edgeq.data import find
 from edgeq.errors import ResourceError
+from edgeq.version import VERSION
 
 __all__ = ["build"]
 
@@ -74,7 +75,7 @@ def _metadata() -> str:
 
 def _of_project(project: dict[str, object]) -> str:
     needs = project["dependencies"]
-    lines = ["Metadata-Version: 2.1", "Name: edgeq", f"Version: {project['version']}"]
+    lines = ["Metadata-Version: 2.1", "Name: edgeq", f"Version: {VERSION}"]
     lines += [f"Requires-Python: {project['requires-python']}"]
     lines += [f"Requires-Dist: {need}" for need in needs] if isinstance(needs, list) else []
     return "\n".join(lines) + "\n"

@@ -34,6 +34,7 @@ LAYERS = [
         "sensors",
         "sysfs",
         "text",
+        "version",
         "vocab",
     },
     {"blockformat", "blocks", "gguf", "checkpoint", "grid", "hessian", "imatrix"},
