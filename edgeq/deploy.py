@@ -20,16 +20,17 @@ from edgeq import wheel
 from edgeq.data import find
 from edgeq.errors import RequestError, ResourceError
 from edgeq.gguf import open_gguf
-from edgeq.text import printable
+from edgeq.text import human, printable
 
-__all__ = ["MACHINES", "PYTHONS", "Bundle", "make"]
+__all__ = ["MACHINES", "PYTHONS", "Bundle", "check", "make"]
 
 MACHINES = ("aarch64", "x86_64")
 PYTHONS = ("3.11", "3.13")  # of Debian and Raspberry Pi OS 12 and 13
 GLIBC = 36  # 2.36, of Debian 12: wheels for this one or older
 MARK = ".edgeq-bundle"  # in an unfinished folder of ours
 KIND = "edgeq bundle 1"
-WHEELS_BYTES = 160 << 20  # of one version of Python, with some to spare
+WHEELS_BYTES = 100 << 20  # for one version of Python: some 90 MiB
+OFFLINE = ("Connection", "Retrying", "timed out", "name resolution")  # in what pip says
 PIECE = 16 << 20
 
 Progress = Callable[[int, int, str], None]  # steps done, steps in all, what is going on
@@ -59,11 +60,14 @@ def make(
     """Collect a bundle. The folder has its name only when everything is in it; an earlier bundle is
     replaced with `force`, anything else never.
 
-    Raises RequestError for a model or version that is none, ResourceError when the folder is taken,
-    the disk lacks the space, or packages cannot be downloaded.
+    Raises RequestError for a model, machine or version that is none, ResourceError when the folder
+    is taken, the disk lacks the space, or packages cannot be downloaded.
     """
-    folder = folder.absolute()
-    _check(folder, model, pythons, force)
+    folder = folder.resolve()  # of a link to a bundle, the bundle is replaced
+    check(folder, machine=machine, pythons=pythons, force=force)
+    if model is not None:
+        _check_model(model)
+        _check_space(folder, len(pythons) * WHEELS_BYTES + model.stat().st_size)
     steps = len(pythons) + 2
     say = progress or (lambda done, total, text: None)
     with _unfinished(folder) as part:
@@ -83,29 +87,50 @@ def make(
 
 
 # -- before ----------------------------------------------------------------------------------------
-def _check(folder: Path, model: Path | None, pythons: Sequence[str], force: bool) -> None:
-    """Refuse now what could not be finished."""
+def check(
+    folder: Path,
+    *,
+    machine: str = "aarch64",
+    pythons: Sequence[str] = PYTHONS,
+    force: bool = False,
+) -> None:
+    """Refuse now what `make` could not finish, whatever the model: before one is downloaded.
+
+    Raises as `make`.
+
+    >>> check(Path("pi"), machine="armv6l")
+    Traceback (most recent call last):
+        ...
+    edgeq.errors.RequestError: machine 'armv6l': expected aarch64 or x86_64
+    """
+    if machine not in MACHINES:
+        raise RequestError(f"machine {machine!r}: expected {' or '.join(MACHINES)}")
     for python in pythons:
         major, _, minor = python.partition(".")
         if major != "3" or not minor.isdecimal() or int(minor) < 11:
             raise RequestError(f"python {python!r}: expected a version from 3.11 on, such as 3.13")
-    if model is not None:
-        with open_gguf(model) as gguf:
-            if not gguf.tensors:
-                raise RequestError(f"{printable(model)}: holds no model")
-        if not model.name.isprintable() or "\\" in model.name:  # lists of sums have lines
-            raise RequestError(f"{printable(model)}: rename it: expected plain characters")
-    if folder.exists() or folder.is_symlink():
+    if folder.exists():
         _check_taken(folder, force)
     if importlib.util.find_spec("pip") is None:
         raise ResourceError(f"{sys.executable} has no pip: python -m ensurepip, or install it")
     if not folder.parent.is_dir():
         raise ResourceError(f"{folder.parent}: no such folder: create it first")
-    needed = len(pythons) * WHEELS_BYTES + (model.stat().st_size if model else 0)
+    _check_space(folder, len(pythons) * WHEELS_BYTES)
+
+
+def _check_model(model: Path) -> None:
+    with open_gguf(model) as gguf:
+        if not gguf.tensors:
+            raise RequestError(f"{printable(model)}: holds no model")
+    if not model.name.isprintable() or "\\" in model.name:  # lists of sums have lines
+        raise RequestError(f"{printable(model)}: rename it: expected plain characters")
+
+
+def _check_space(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder.parent).free
     if free < needed:
         raise ResourceError(
-            f"{folder}: needs about {needed} bytes, {free} are free: use another disk"
+            f"{folder}: needs about {human(needed)}, {human(free)} are free: use another disk"
         )
 
 
@@ -125,10 +150,10 @@ def _is_bundle(folder: Path) -> bool:
 
 @contextmanager
 def _unfinished(folder: Path) -> Iterator[Path]:
-    """FOLDER.part, empty and ours alone; it is gone in the end, whatever happens."""
+    """FOLDER.part, empty and ours alone; after an error it is gone."""
     part = folder.with_name(folder.name + ".part")
     taken = part.exists() or part.is_symlink()
-    if taken and not (part / MARK).is_file() and not _is_bundle(part):
+    if taken and not (part / MARK).is_file():
         raise ResourceError(f"{part}: exists and was not made by edgeq: move it away")
     part.mkdir(exist_ok=True)
     with open(part / MARK, "wb") as mark:
@@ -141,8 +166,9 @@ def _unfinished(folder: Path) -> Iterator[Path]:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
         try:
             yield part
-        finally:
+        except BaseException:
             shutil.rmtree(part, ignore_errors=True)
+            raise
 
 
 # -- what goes in ----------------------------------------------------------------------------------
@@ -156,7 +182,7 @@ def _download(
     command += ["--progress-bar", "off", "--only-binary", ":all:", "--dest", str(wheels)]
     command += ["--implementation", "cp", "--python-version", python]
     command += [part for system in systems for part in ("--platform", system)]
-    last = ""
+    last, offline = "", False
     with subprocess.Popen(
         [*command, str(own), "pip"],
         stdout=subprocess.PIPE,
@@ -167,6 +193,7 @@ def _download(
         assert pip.stdout is not None
         try:
             for line in pip.stdout:
+                offline |= any(word in line for word in OFFLINE)
                 last = line.strip() if line.startswith("ERROR") or not last else last
                 say(f"Python {python}: {line.strip()[:60]}")
         except BaseException:
@@ -175,7 +202,7 @@ def _download(
     if pip.returncode:
         raise ResourceError(
             f"pip cannot download the packages for Python {python} on {machine}: "
-            f"{printable(last, 300)}: is this machine online?"
+            f"{printable(last, 300)}{': is this machine online?' if offline else ''}"
         )
 
 
@@ -222,12 +249,12 @@ def _sum(path: Path) -> str:
 
 
 def _replace(part: Path, folder: Path) -> None:
-    """Give the finished folder its name; an earlier bundle goes when the new one is there."""
-    (part / MARK).unlink()
-    if not folder.exists():
-        part.rename(folder)
-        return
+    """Give the finished folder its name; an earlier bundle goes when the new one is there. Until it
+    has its name the mark says whose it is.
+    """
     old = folder.with_name(f"{folder.name}.old-{os.getpid()}")
-    folder.rename(old)
+    if folder.exists():
+        folder.rename(old)
     part.rename(folder)
+    (folder / MARK).unlink()
     shutil.rmtree(old, ignore_errors=True)

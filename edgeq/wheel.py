@@ -5,13 +5,14 @@ Format: packaging.python.org/specifications/binary-distribution-format
 
 import base64
 import hashlib
-import tomllib
 import zipfile
 from collections.abc import Iterator
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
-from edgeq.data import find
+from edgeq.data import find, load_toml
 from edgeq.errors import ResourceError
 from edgeq.version import VERSION
 
@@ -60,22 +61,20 @@ def _digest(data: bytes) -> str:
 
 def _metadata() -> str:
     """Name, version and dependencies: of the checkout, else of the installation."""
-    project = PACKAGE.parent / "pyproject.toml"
-    try:
-        return _of_project(tomllib.loads(project.read_text(encoding="utf-8"))["project"])
-    except (OSError, KeyError, ValueError):
-        pass
-    try:
-        return str(metadata.distribution("edgeq").read_text("METADATA"))
-    except metadata.PackageNotFoundError:
-        raise ResourceError(
-            f"{project.parent}: neither a checkout nor an installation of edgeq: install it again"
-        ) from None
+    with suppress(ResourceError):  # no such file
+        project = load_toml(PACKAGE.parent / "pyproject.toml").get("project", {})
+        if project.get("name") == "edgeq":  # else somebody else's project holds this package
+            return _of_project(project)
+    with suppress(metadata.PackageNotFoundError):
+        if described := metadata.distribution("edgeq").read_text("METADATA"):
+            return described
+    raise ResourceError(
+        f"{PACKAGE.parent}: neither a checkout nor an installation of edgeq: install it again"
+    )
 
 
-def _of_project(project: dict[str, object]) -> str:
-    needs = project["dependencies"]
+def _of_project(project: dict[str, Any]) -> str:
     lines = ["Metadata-Version: 2.1", "Name: edgeq", f"Version: {VERSION}"]
     lines += [f"Requires-Python: {project['requires-python']}"]
-    lines += [f"Requires-Dist: {need}" for need in needs] if isinstance(needs, list) else []
+    lines += [f"Requires-Dist: {need}" for need in project["dependencies"]]
     return "\n".join(lines) + "\n"

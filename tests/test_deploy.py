@@ -90,6 +90,25 @@ def test_an_earlier_bundle_is_replaced_only_by_force(pip: None, tmp_path: Path) 
     assert sorted(path.name for path in tmp_path.iterdir()) == ["b", "python"]
 
 
+def test_a_link_to_a_bundle_stays_one(pip: None, tmp_path: Path) -> None:
+    deploy.make(tmp_path / "b", pythons=["3.12"])
+    (tmp_path / "link").symlink_to("b")
+    (tmp_path / "b" / "old").touch()
+    made = deploy.make(tmp_path / "link", pythons=["3.12"], force=True)
+    assert made.folder == tmp_path / "b"
+    assert not (tmp_path / "link" / "old").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["b", "link", "python"]
+
+
+def test_a_finished_bundle_with_the_name_of_an_unfinished_one(pip: None, tmp_path: Path) -> None:
+    deploy.make(tmp_path / "b.part", pythons=["3.12"])
+    before = (tmp_path / "b.part" / "SHA256SUMS").read_bytes()
+    with pytest.raises(ResourceError, match="move it away"):
+        deploy.make(tmp_path / "b", pythons=["3.12"])
+    assert (tmp_path / "b.part" / "SHA256SUMS").read_bytes() == before
+    assert not (tmp_path / "b.part" / deploy.MARK).exists()
+
+
 def test_foreign_folders_are_left_alone(pip: None, tmp_path: Path) -> None:
     for name in ("mine", "b.part"):
         (tmp_path / name).mkdir()
@@ -126,8 +145,25 @@ def test_a_failing_pip_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     done = CliRunner().invoke(app, ["deploy", "--bundle", str(tmp_path / "b")])
     assert done.exit_code == 2
     assert done.stderr.count("\n") == 1
-    assert "Python 3.11 on aarch64: ERROR: no numba for you: is this machine online?" in done.stderr
+    assert done.stderr.endswith("Python 3.11 on aarch64: ERROR: no numba for you\n")
+    use_pip(monkeypatch, tmp_path, "echo 'Retrying: NewConnectionError'; echo 'ERROR: no'; exit 1")
+    with pytest.raises(ResourceError, match=r"ERROR: no: is this machine online\?$"):
+        deploy.make(tmp_path / "b")
     assert [path.name for path in tmp_path.iterdir()] == ["python"]
+
+
+def test_no_model_is_fetched_for_a_bundle_that_cannot_be(
+    pip: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("edgeq.hub.model", lambda name: pytest.fail("fetched"))
+    words = ["deploy", "-m", "user/repo", "--bundle"]
+    for rest, why in (
+        ([str(tmp_path)], "is no bundle"),
+        ([str(tmp_path / "b"), "--machine", "armv6l"], "machine 'armv6l': expected aarch64 or"),
+    ):
+        done = CliRunner().invoke(app, [*words, *rest])
+        assert done.exit_code == 2
+        assert why in done.stderr
 
 
 def test_what_cannot_be_finished_is_refused(
@@ -145,7 +181,7 @@ def test_what_cannot_be_finished_is_refused(
     with pytest.raises(ResourceError, match="create it first"):
         deploy.make(tmp_path / "no" / "b")
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1 << 20))
-    with pytest.raises(ResourceError, match="1048576 are free"):
+    with pytest.raises(ResourceError, match=r"needs about 200.0 MiB, 1.0 MiB are free"):
         deploy.make(bundle)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ResourceError, match="no pip"):
@@ -185,3 +221,19 @@ def test_the_wheel_can_be_installed(tmp_path: Path) -> None:
         env={"PYTHONPATH": str(target)},
     )
     assert shown.stdout == f"edgeq {edgeq.__version__}\n", shown.stderr
+
+
+def test_what_the_wheel_needs_is_said_by_edgeq_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside an installed package lies who knows whose pyproject.toml."""
+    (tmp_path / "pyproject.toml").write_text(
+        '[project]\nname = "theirs"\ndependencies = ["evil"]\n'
+    )
+    monkeypatch.setattr(wheel, "PACKAGE", tmp_path / "edgeq")
+    about: list[str | None] = ["Name: edgeq\nVersion: 7\n", None]
+    installed = SimpleNamespace(read_text=lambda name: about.pop(0))
+    monkeypatch.setattr("importlib.metadata.distribution", lambda name: installed)
+    assert wheel.build(tmp_path).name == "edgeq-7-py3-none-any.whl"
+    with pytest.raises(ResourceError, match="neither a checkout nor an installation"):
+        wheel.build(tmp_path)

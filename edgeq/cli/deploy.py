@@ -12,12 +12,7 @@ from edgeq.cli._terminal import human
 @click.command()
 @click.option("--bundle", required=True, type=click.Path(), help="Folder to make.")
 @click.option("-m", "--model", metavar="MODEL", help="GGUF file, or user/repo[:quant] on the hub.")
-@click.option(
-    "--machine",
-    type=click.Choice(["aarch64", "x86_64"]),
-    default="aarch64",
-    help="CPU of the board. [aarch64]",
-)
+@click.option("--machine", default="aarch64", help="CPU of the board, or x86_64. [aarch64]")
 @click.option(
     "--python",
     "pythons",
@@ -42,15 +37,12 @@ def command(
     from edgeq import deploy, hub
     from edgeq.cli._progress import bar
 
-    file = None if model is None else Path(hub.model(model))
+    folder, pythons = Path(bundle), pythons or deploy.PYTHONS
+    deploy.check(folder, machine=machine, pythons=pythons, force=force)
+    file = None if model is None else hub.model(model)
     with bar("bundle") as progress:
         made = deploy.make(
-            Path(bundle),
-            model=file,
-            machine=machine,
-            pythons=pythons or deploy.PYTHONS,
-            force=force,
-            progress=progress,
+            folder, model=file, machine=machine, pythons=pythons, force=force, progress=progress
         )
     if as_json:
         click.echo(json.dumps({**dataclasses.asdict(made), "folder": str(made.folder)}, indent=1))
