@@ -1,10 +1,12 @@
 """KL divergence of files by recipe, beside llama-quantize's: both measured by the same engine.
 
-    python tests/bench/quality.py SRC TEXT --peer-python PYTHON [--imatrix FILE] [-t RECIPE ...]
+    python tests/bench/quality.py SRC TEXT --peer-python PYTHON [--imatrix FILE] [--fit]
+        [-t RECIPE ...]
 
 SRC is a checkpoint folder, PYTHON an interpreter with llama-cpp-python. Files of both programs are
 read by edgeq together with the F32 model, window by window of TEXT, so the figures differ by what
-the files hold and nothing else.
+the files hold and nothing else. With --fit edgeq makes a recipe of its own, for the size of
+llama-quantize's file.
 """
 
 import argparse
@@ -13,11 +15,14 @@ import sys
 import tempfile
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from edgeq import convert, imatrix, load
+from edgeq.choosing import Target
 from edgeq.evaluate import evaluate_all
+from edgeq.pipeline import run
 
 RECIPES = [
     "Q8_0",
@@ -76,6 +81,7 @@ def main() -> None:
     parser.add_argument("-t", "--types", nargs="+", default=RECIPES)
     parser.add_argument("--peer-python", required=True)
     parser.add_argument("--imatrix", type=Path)
+    parser.add_argument("--fit", action="store_true")
     parser.add_argument("-c", "--ctx", type=int, default=256)
     args = parser.parse_args()
     text = args.text.read_text(encoding="utf-8")
@@ -89,9 +95,12 @@ def main() -> None:
             np.savez(weights, **imatrix.read(args.imatrix).importance())
         for recipe in args.types:
             ours, theirs = folder / "ours.gguf", folder / "theirs.gguf"
-            convert(args.source, ours, recipe, importance=args.imatrix, force=True)
             command = [args.peer_python, "-c", THEIRS, str(reference), str(theirs), recipe, weights]
             subprocess.run(command, check=True, stdout=sys.stderr)
+            how: dict[str, Any] = {"recipe": recipe}
+            if args.fit:
+                how = {"target": Target(size=theirs.stat().st_size)}
+            run(args.source, ours, importance=args.imatrix, force=True, **how)
             other, own = divergences(reference, [theirs, ours], text, args.ctx)
             size = ours.stat().st_size / 2**20
             change = 100 * (own / other - 1)
