@@ -1,20 +1,23 @@
 #!/bin/sh
-# usage: install.sh [--user] [--prefix DIR] [--python PYTHON] [--online] [--no-service]
+# usage: install.sh [--user] [--prefix DIR] [--python PYTHON] [--online] [--no-warm] [--no-service]
 #        install.sh --uninstall [--purge] [--user] [--prefix DIR]
 #
 # Install edgeq on 64-bit Raspberry Pi OS or Debian, from the bundle that this script lies in, or
-# from the checkout or package index with --online. Running it again is harmless.
+# from the checkout that it lies in with --online. Running it again is harmless.
 #   as root       /opt/edgeq, command /usr/local/bin/edgeq, system user edgeq, systemd unit
 #   otherwise     ~/.local/share/edgeq, command ~/.local/bin/edgeq (--user: also when root)
+# At the end the model answers once, for the user who installs: that compiles the kernels for this
+# CPU, which takes minutes on a board (--no-warm: later). Compiled kernels serve one user alone.
 # --uninstall removes these; models, compiled kernels and the user stay, unless --purge.
 # It changes nothing else: what it would advise, such as swap, it only says.
 set -eu
+umask 022
 
 say() { printf '%s\n' "$*" >&2; }
 fail() { say "install.sh: $*"; exit 2; }
 
 here=$(CDPATH='' cd -- "$(dirname -- "$0")" && pwd)
-prefix='' python='' online='' service=yes remove='' purge='' system=''
+prefix='' python='' online='' warm=yes service=yes remove='' purge='' system=''
 [ "$(id -u)" -ne 0 ] || system=yes
 while [ $# -gt 0 ]; do
   case $1 in
@@ -22,6 +25,7 @@ while [ $# -gt 0 ]; do
     --prefix) [ $# -gt 1 ] || fail "--prefix needs a folder"; prefix=$2; shift ;;
     --python) [ $# -gt 1 ] || fail "--python needs a program"; python=$2; shift ;;
     --online) online=yes ;;
+    --no-warm) warm='' ;;
     --no-service) service='' ;;
     --uninstall) remove=yes ;;
     --purge) purge=yes ;;
@@ -31,16 +35,19 @@ while [ $# -gt 0 ]; do
   shift
 done
 
+[ "$remove" ] || [ -z "$purge" ] || fail "--purge: expected with --uninstall"
+root=${EDGEQ_ROOT:-} # for tests: a folder in place of /
 if [ "$system" ]; then
-  prefix=${prefix:-/opt/edgeq} bin=/usr/local/bin state=/var/lib/edgeq kernels=/var/cache/edgeq
-  units=${EDGEQ_UNITS:-/etc/systemd/system}
+  prefix=${prefix:-$root/opt/edgeq} bin=$root/usr/local/bin state=$root/var/lib/edgeq
+  kernels=$root/var/cache/edgeq units=$root/etc/systemd/system
 else
   [ "${HOME:-}" ] || fail "HOME is not set"
-  prefix=${prefix:-$HOME/.local/share/edgeq} bin=$HOME/.local/bin state=$prefix units=''
+  prefix=${prefix:-$HOME/.local/share/edgeq} bin=$HOME/.local/bin units=''
   kernels=${XDG_CACHE_HOME:-$HOME/.cache}/edgeq
 fi
-case $prefix in /*) ;; *) prefix=$PWD/$prefix ;; esac
+prefix=$(realpath -ms -- "$prefix")
 [ "$prefix" != / ] || fail "--prefix /: expected a folder of its own"
+[ "$system" ] || state=$prefix
 unit=edgeq-warm@.service
 
 ours() { [ -f "$prefix/.edgeq-installed" ]; }
@@ -48,10 +55,8 @@ running_systemd() { [ -d /run/systemd/system ] && command -v systemctl >/dev/nul
 
 # -- removing ---------------------------------------------------------------------------------------
 uninstall() {
-  if [ -e "$prefix" ]; then
-    ours || fail "$prefix: was not made by this script: left alone"
-    rm -rf "$prefix"/venv "$prefix"/venv-*
-  fi
+  ours || fail "$prefix: was not made by this script, or is removed already: left alone"
+  rm -rf "$prefix"/venv "$prefix"/venv-*
   if [ -L "$bin/edgeq" ] && [ "$(readlink "$bin/edgeq")" = "$prefix/venv/bin/edgeq" ]; then
     rm -f "$bin/edgeq"
   fi
@@ -66,7 +71,7 @@ uninstall() {
       if id edgeq >/dev/null 2>&1; then userdel edgeq; fi
     fi
   fi
-  if [ ! -d "$prefix/models" ]; then # they stay where a user's own are
+  if [ ! -d "$state/models" ]; then # while there are models, --purge has to know that they are ours
     rm -f "$prefix/.edgeq-installed"
     rmdir "$prefix" 2>/dev/null || true
   fi
@@ -87,13 +92,23 @@ check_machine() {
 }
 
 find_python() {
-  for python in ${python:-python3 python3.13 python3.12 python3.11}; do
+  if [ "$python" ]; then set -- "$python"; else set -- python3 python3.13 python3.12 python3.11; fi
+  for python in "$@"; do
     if "$python" -c 'import struct, sys, venv
 sys.exit(sys.version_info < (3, 11) or struct.calcsize("P") < 8)' 2>/dev/null; then
       return
     fi
   done
-  fail "no 64-bit Python 3.11 or newer with its venv module: sudo apt install python3 python3-venv"
+  fail "$*: no 64-bit Python 3.11 or newer with its venv module: sudo apt install python3-venv"
+}
+
+# What runs as a service must be where its unit may look, by a name that it can hold.
+check_prefix() {
+  case ${prefix#"$root"/} in
+    *[!A-Za-z0-9/._+-]*) fail "$prefix: expected letters, digits and . _ + - in the folder's name" ;;
+    home/* | root/* | run/* | tmp/* | var/tmp/*)
+      fail "$prefix: hidden from services: use another --prefix, or --no-service" ;;
+  esac
 }
 
 check_bundle() {
@@ -103,6 +118,10 @@ check_bundle() {
   made_for=$(sed -n 's/^ "machine": "\(.*\)",$/\1/p' "$here/manifest.json")
   [ "$made_for" = "$machine" ] || fail "this bundle is for $made_for, this machine is $machine:" \
     "make one with edgeq deploy --machine $machine"
+}
+
+listed() { # FOLDER ENDING: files of the bundle, as its sums name them
+  sed -n "s|^[0-9a-f]\{64\}  \($1/[^/]*\.$2\)\$|\1|p" "$here/SHA256SUMS"
 }
 
 # -- installing -------------------------------------------------------------------------------------
@@ -130,40 +149,43 @@ make_venv() {
 # pip runs from its own wheel: the package python3-venv need not be there.
 install_bundle() {
   "$python" -m venv --without-pip "$venv"
-  for pip in "$here"/wheels/pip-*.whl; do
-    PYTHONDONTWRITEBYTECODE=1 "$venv/bin/python" "$pip/pip" --isolated --disable-pip-version-check \
-      install --quiet --no-cache-dir --no-index --find-links "$here/wheels" edgeq \
-      || fail "no packages in $here/wheels for $("$python" -V): make the bundle with" \
-        "edgeq deploy --python $("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')"
-    return
-  done
-  fail "$here/wheels: pip is missing: make the bundle again"
+  pip=''
+  set --
+  while IFS= read -r wheel; do
+    set -- "$@" --find-links "$here/$wheel"
+    case $wheel in wheels/pip-*) pip=$here/$wheel/pip ;; esac
+  done <<EOF_WHEELS
+$(listed wheels whl)
+EOF_WHEELS
+  [ "$pip" ] || fail "$here/wheels: pip is missing: make the bundle again"
+  PYTHONDONTWRITEBYTECODE=1 "$venv/bin/python" "$pip" --isolated --disable-pip-version-check \
+    install --quiet --no-cache-dir --no-index "$@" edgeq \
+    || fail "no packages in $here/wheels for $("$python" -V): make the bundle with" \
+      "edgeq deploy --python $("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')"
 }
 
 install_online() {
   "$python" -m venv "$venv" || fail "venv lacks pip: sudo apt install python3-venv"
-  from=edgeq
-  for place in "$here/../.." "$here/wheels"/edgeq-*.whl; do
-    if [ -f "$place" ] || [ -f "$place/pyproject.toml" ]; then from=$place; fi
-  done
-  "$venv/bin/python" -m pip --disable-pip-version-check install --quiet "$from" \
-    || fail "pip cannot install $from: is this machine online?"
+  "$venv/bin/python" -m pip --disable-pip-version-check install --quiet "$here/../.." \
+    || fail "pip cannot install edgeq: is this machine online?"
 }
 
 make_user() {
   id edgeq >/dev/null 2>&1 || useradd --system --user-group --home-dir "$state" \
     --shell /usr/sbin/nologin --comment "edgeq language models" edgeq
-  install -d -m 0755 -o edgeq -g edgeq "$state"
 }
 
 copy_models() {
-  mkdir -p "$state/models"
-  for model in "$here"/models/*.gguf; do
-    [ -f "$model" ] || continue
-    target=$state/models/${model##*/}
-    if ! cmp -s "$model" "$target"; then
-      cp "$model" "$target.part"
-      mv "$target.part" "$target"
+  if [ "$system" ]; then # root's own: nobody else can put a link there
+    install -d -m 0755 -o root -g root "$state" "$state/models"
+  else
+    mkdir -p "$state/models"
+  fi
+  [ "$online" ] || listed models gguf | while IFS= read -r model; do
+    target=$state/$model
+    if [ -L "$target" ] || ! cmp -s "$here/$model" "$target"; then
+      install -m 0644 "$here/$model" "$target.part"
+      mv -T "$target.part" "$target"
     fi
   done
 }
@@ -173,7 +195,21 @@ make_unit() {
   sed "s|/opt/edgeq/|$prefix/|" "$here/$unit" >"$units/$unit.new"
   mv "$units/$unit.new" "$units/$unit"
   if running_systemd; then systemctl daemon-reload; fi
-  say "to compile kernels at the next start: systemctl enable edgeq-warm@NAME (models/NAME.gguf)"
+}
+
+# Kernels are compiled for one user, who alone can write them: here the one who asked for all this.
+warm_up() {
+  who=''
+  if [ "$system" ]; then
+    who=${SUDO_USER:-root}
+    [ "$who" != root ] || { say "the first start of each user compiles kernels"; return; }
+  fi
+  [ "$online" ] || listed models gguf | while IFS= read -r model; do
+    say "first start of $model${who:+ for $who}: compiling takes minutes on a board"
+    set -- "$prefix/venv/bin/edgeq" run "$state/$model" --raw -n 4 -p "The weather is fine today"
+    if [ "$who" ]; then set -- sudo -H -u "$who" -- "$@"; fi
+    "$@" >&2 </dev/null || say "$model does not answer: see edgeq doctor"
+  done
 }
 
 advise() {
@@ -191,7 +227,13 @@ advise() {
 main() {
   check_machine
   find_python
-  [ "$online" ] || check_bundle
+  if [ "$system" ] && [ "$service" ]; then check_prefix; fi
+  if [ "$online" ]; then
+    grep -qs '^name = "edgeq"$' "$here/../../pyproject.toml" || fail "--online: $here: expected a" \
+      "checkout of edgeq around this script: use a bundle, made with edgeq deploy"
+  else
+    check_bundle
+  fi
   if [ -e "$prefix" ] && ! ours && [ "$(ls -A "$prefix")" ]; then
     fail "$prefix: exists and was not made by this script: use another --prefix"
   fi
@@ -207,6 +249,7 @@ main() {
   copy_models
   if [ "$units" ] && [ "$service" ]; then make_unit; fi
   advise
+  if [ "$warm" ]; then warm_up; fi
   say "edgeq is installed: $bin/edgeq run $state/models/MODEL.gguf"
 }
 

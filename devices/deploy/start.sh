@@ -13,4 +13,5 @@ for found in "$here"/models/*.gguf; do
   if [ -z "$model" ] && [ -f "$found" ]; then model=$found; fi
 done
 [ "$model" ] || { echo "start.sh: no model in $here/models: set EDGEQ_MODEL" >&2; exit 2; }
+export MALLOC_ARENA_MAX="${MALLOC_ARENA_MAX:-2}" # glibc: no heap for each thread
 exec "$edgeq" run "$model" "$@"
