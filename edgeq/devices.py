@@ -8,6 +8,7 @@ import dataclasses
 import difflib
 import functools
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -18,9 +19,22 @@ from edgeq.data import find, from_table, load_toml
 from edgeq.errors import FormatError, RequestError
 from edgeq.machine import Machine, look
 
-__all__ = ["Cores", "Device", "Dot", "Match", "Power", "Read", "every", "get", "here", "threads"]
+__all__ = [
+    "Cores",
+    "Device",
+    "Dot",
+    "Match",
+    "Power",
+    "Read",
+    "every",
+    "get",
+    "here",
+    "known",
+    "threads",
+]
 
-GIB, MIB = 1 << 30, 1 << 20
+GIB = 1 << 30
+MOST = 256  # threads, and cores of a kind
 GENERIC = "generic"  # the device that no rule names
 Kind = Literal["measured", "theoretical"]  # theoretical: of a data sheet, or computed from one
 
@@ -179,7 +193,7 @@ def _shipped() -> tuple[Device, ...]:
 def get(name: str | Path) -> Device:
     """A device by name, with its size of RAM or without (then the largest), or the file of one.
 
-    Raises RequestError for an unknown name, with those that are close; FormatError for the file.
+    Raises as `known`.
 
     >>> get("rpi5-8gb").ram == (8 << 30,), get("rpi5").ram == (16 << 30,)
     (True, True)
@@ -188,16 +202,27 @@ def get(name: str | Path) -> Device:
         ...
     edgeq.errors.RequestError: device 'toaster' is unknown: `edgeq devices` lists them
     """
+    return _largest(known(name))
+
+
+def known(name: str | Path) -> Device:
+    """As `get`, but a device that is named without its size of RAM has all that it is sold with.
+
+    Raises RequestError for an unknown name, with those that are close; FormatError for the file.
+
+    >>> known("rpi5").ram_gib, known("rpi5-8gb").ram_gib
+    ((2.0, 4.0, 8.0, 16.0), (8.0,))
+    """
     if str(name).endswith(".toml"):
-        return _largest(_read(Path(name)))
-    wanted, known = str(name).lower(), {n: device for device in every() for n in device.names}
-    if wanted not in known:
-        close = difflib.get_close_matches(wanted, known)
+        return _read(Path(name))
+    wanted, names = str(name).lower(), {n: device for device in every() for n in device.names}
+    if wanted not in names:
+        close = difflib.get_close_matches(wanted, names)
         advice = f"did you mean {', '.join(close)}?" if close else "`edgeq devices` lists them"
         raise RequestError(f"device {str(name)!r} is unknown: {advice}")
-    device = known[wanted]
+    device = names[wanted]
     if wanted == device.id:
-        return _largest(device)
+        return device
     return device._with_ram(float(wanted.removeprefix(f"{device.id}-").removesuffix("gb")))
 
 
@@ -228,8 +253,8 @@ def threads(cpus: Cpus, device: Device | None = None) -> tuple[int, int]:
     """Threads that do best for generation and for prompts, of those that may run here; device: by
     default this machine.
     """
-    known = device or here()
-    return _at_most(known.decode_threads, cpus), _at_most(known.prefill_threads, cpus)
+    found = device or here()
+    return _at_most(found.decode_threads, cpus), _at_most(found.prefill_threads, cpus)
 
 
 def _at_most(wanted: int | None, cpus: Cpus) -> int:
@@ -246,24 +271,42 @@ def _any(patterns: tuple[str, ...], found: frozenset[str] | set[str]) -> bool:
 
 def _read(path: Path) -> Device:
     device = from_table(Device, {"id": path.stem, **load_toml(path)}, str(path))
-    if not re.fullmatch(r"[a-z0-9-]+", device.id):
-        raise FormatError(f"{path}: id = {device.id!r}: expected a-z, 0-9 and - only")
-    for what, value in _numbers(device):
+    words = [("id", device.id)]
+    # A kind is also the name of a file in devices/cores/.
+    words += [(f"cores[{i}]: kind", cores.kind) for i, cores in enumerate(device.cores)]
+    for what, word in words:
+        if not re.fullmatch(r"[a-z0-9-]+", word):
+            raise FormatError(f"{path}: {what} = {word!r}: expected a-z, 0-9 and - only")
+    for what, value in _amounts(device):
         if not 0 < value < 1e6:
-            raise FormatError(f"{path}: {what} = {value}: expected a number above 0")
+            raise FormatError(f"{path}: {what} = {value}: expected a number above 0, below 1e6")
+    for what, count in _counts(device):
+        if count is not None and not 1 <= count <= MOST:
+            raise FormatError(f"{path}: {what} = {count}: expected 1 to {MOST}")
     return device
 
 
-def _numbers(device: Device) -> list[tuple[str, float]]:
-    """What must be above zero."""
-    found: list[tuple[str, float]] = [("ram_gib", size) for size in device.ram_gib]
-    for name in ("system_mib", "decode_threads", "prefill_threads"):
-        value = getattr(device, name)
-        found += [] if value is None else [(name, value)]
+def _amounts(device: Device) -> Iterator[tuple[str, float]]:
+    """What must be above zero; sizes of caches may be left out."""
+    yield "system_mib", device.system_mib
+    yield from (("ram_gib", size) for size in device.ram_gib)
+    if device.shared_kib:
+        yield "shared_kib", device.shared_kib
     for i, cores in enumerate(device.cores):
-        found += [(f"cores[{i}]: count", cores.count), (f"cores[{i}]: ghz", cores.ghz)]
-    found += [(f"read[{i}]: gbs", read.gbs) for i, read in enumerate(device.read)]
-    found += [(f"dot[{i}]: gmacs", dot.gmacs) for i, dot in enumerate(device.dot)]
-    counts = [*(read.threads for read in device.read), *(dot.threads for dot in device.dot)]
-    found += [("threads", count) for count in counts if count is not None]
-    return found
+        yield f"cores[{i}]: ghz", cores.ghz
+        caches = {"l1_kib": cores.l1_kib, "l2_kib": cores.l2_kib}
+        yield from ((f"cores[{i}]: {name}", size) for name, size in caches.items() if size)
+    yield from ((f"read[{i}]: gbs", read.gbs) for i, read in enumerate(device.read))
+    yield from ((f"dot[{i}]: gmacs", dot.gmacs) for i, dot in enumerate(device.dot))
+    if device.power:
+        yield "power: idle", device.power.idle
+        yield "power: load", device.power.load
+
+
+def _counts(device: Device) -> Iterator[tuple[str, int | None]]:
+    """Threads and cores; None: not given."""
+    yield "decode_threads", device.decode_threads
+    yield "prefill_threads", device.prefill_threads
+    yield from ((f"cores[{i}]: count", cores.count) for i, cores in enumerate(device.cores))
+    yield from ((f"read[{i}]: threads", read.threads) for i, read in enumerate(device.read))
+    yield from ((f"dot[{i}]: threads", dot.threads) for i, dot in enumerate(device.dot))

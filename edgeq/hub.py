@@ -9,9 +9,10 @@ import re
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from edgeq.errors import FormatError, RequestError, ResourceError
+from edgeq.checkpoint.schemes import OWN_FILES
+from edgeq.errors import EdgeqError, FormatError, RequestError, ResourceError
 from edgeq.gguf.header import read_header
 
 __all__ = ["checkpoint", "choose", "headers", "model"]
@@ -23,7 +24,10 @@ _CHECKPOINT_FILES = ["*.json", "*.safetensors", "*.model", "*.jinja"]
 # Other forms of the same model; `*` stands for `/` too.
 _OTHER_FILES = ["*/*", "consolidated*"]
 _SHARD = re.compile(r"-\d{5}-of-\d{5}\.gguf$", re.IGNORECASE)
+# Of what else of a checkpoint tells its properties.
+_SMALL = ("config.json", "generation_config.json", "model.safetensors.index.json", *OWN_FILES)
 _STEP, _MOST = 1 << 20, 1 << 26  # bytes of a header: fetched at first, and at most
+_LARGEST = 1 << 44  # bytes of a file that anybody shares
 _SIDECARS = ("mmproj", "mtp-", "imatrix")
 
 
@@ -35,7 +39,10 @@ def model(name: str) -> Path:
     if Path(name).exists():
         return Path(name)
     repo, quant = _split(name)
-    file = choose(_files(repo), quant, repo)
+    files = _listed(repo)
+    if isinstance(files, Path):
+        return _gguf(files, quant, repo)
+    file = choose(files, quant, repo)
     from huggingface_hub import hf_hub_download
 
     return Path(_fetch(repo, lambda: hf_hub_download(repo, file)))
@@ -61,68 +68,130 @@ def checkpoint(name: str) -> Path:
 @contextlib.contextmanager
 def headers(name: str) -> Iterator[Path]:
     """As `checkpoint`, but of files of weights only headers are fetched: the rest of them is holes.
-    Removed in the end.
+    Removed in the end; errors meanwhile name the repository. Where the hub cannot be asked, what is
+    in the cache.
 
-    Raises: as `model`.
+    Raises: as `model`; FormatError for files that cannot be such.
     """
     if Path(name).exists():
         yield Path(name)
         return
     repo, quant = _split(name)
-    files = _files(repo)
+    files = _listed(repo)
+    if isinstance(files, Path):
+        whole = quant is None and (files / "config.json").is_file()
+        yield files if whole else _gguf(files, quant, repo)
+        return
     with tempfile.TemporaryDirectory(prefix="edgeq-") as place:
         folder = Path(place) / repo.rpartition("/")[2]
         folder.mkdir()
+        found, told = folder, repo
         if quant or "config.json" not in files:
             file = choose(files, quant, repo)
-            yield _hollow(repo, file, folder / Path(file).name, _gguf_header)
-            return
-        for file in files:
-            if file.endswith(".safetensors") and "/" not in file:
-                _hollow(repo, file, folder / file, _safetensors_header)
-            elif file in _SMALL:
-                _hollow(repo, file, folder / file, _all)
-        yield folder
+            found, told = folder / Path(file).name, f"{repo}/{file}"
+            _hollow(repo, file, found, _gguf_header)
+        else:
+            _hollow_checkpoint(repo, files, folder)
+        try:
+            yield found
+        except EdgeqError as error:
+            raise type(error)(str(error).replace(str(found), told)) from error
 
 
-_SMALL = ("config.json", "generation_config.json", "model.safetensors.index.json")
+def _hollow_checkpoint(repo: str, files: Sequence[str], folder: Path) -> None:
+    for file in files:
+        if file.endswith(".safetensors") and "/" not in file:
+            _hollow(repo, file, folder / file, _safetensors_header)
+        elif file in _SMALL:
+            (folder / file).write_bytes(_whole(repo, file))
 
 
-def _hollow(repo: str, file: str, path: Path, enough: Callable[[bytes, int, str], int]) -> Path:
+def _hollow(repo: str, file: str, path: Path, enough: Callable[[bytes, int, str], int]) -> None:
     """A file of a repository's size with its first bytes; enough(bytes, size, name): how many."""
-    data, size = b"", 1
-    need = _STEP
-    while len(data) < min(need, size):
-        start = len(data)
-        more, size = _fetch(repo, lambda: _range(repo, file, start, need))  # noqa: B023
+    source, data, need = f"{repo}/{file}", b"", _STEP
+    more, size = _range(repo, file, 0, need)
+    while True:
         data += more
-        need = enough(data, size, f"{repo}/{file}")
-        if need > _MOST or not more:
-            raise FormatError(f"{repo}/{file}: no header in its first {len(data)} bytes")
-    with path.open("wb") as out:
-        out.write(data)
-        out.truncate(size)
-    return path
+        if len(data) < min(need, size):
+            raise FormatError(f"{source}: ends at byte {len(data)} of {size}: try again")
+        need = enough(data, size, source)
+        if need > _MOST:
+            raise FormatError(f"{source}: no header in its first {_MOST >> 20} MiB")
+        if len(data) >= min(need, size):
+            break
+        more, size = _range(repo, file, len(data), need)
+    try:
+        with path.open("wb") as out:
+            out.write(data)
+            out.truncate(size)
+    except OSError as error:
+        raise ResourceError(
+            f"{path.parent}: cannot hold the headers of {source}: {error.strerror}: set TMPDIR to "
+            "a folder on another disk"
+        ) from error
+
+
+def _whole(repo: str, file: str) -> bytes:
+    data, size = _range(repo, file, 0, _MOST)
+    if size > _MOST:
+        raise FormatError(f"{repo}/{file}: {size} bytes: expected at most {_MOST}")
+    if len(data) != size:
+        raise FormatError(f"{repo}/{file}: ends at byte {len(data)} of {size}: try again")
+    return data
 
 
 def _range(repo: str, file: str, start: int, stop: int) -> tuple[bytes, int]:
     """Bytes start..stop of a file, or as many as it has, and its size."""
-    from huggingface_hub import get_session, get_token, hf_hub_url, hf_raise_for_status
+    content, size = _fetch(repo, lambda: _received(repo, file, start, stop))
+    if size > _LARGEST:
+        raise FormatError(f"{repo}/{file}: {size} bytes: expected at most {_LARGEST}")
+    return content, size
 
-    asked, token = {"Range": f"bytes={start}-{stop - 1}"}, get_token()
+
+def _received(repo: str, file: str, start: int, stop: int) -> tuple[bytes, int]:
+    """As `_range`; no more bytes are received, whatever a server sends."""
+    from huggingface_hub import get_token, hf_hub_url, hf_raise_for_status
+
+    # Compressed, the size would be that of other bytes.
+    asked = {"Range": f"bytes={start}-{stop - 1}", "Accept-Encoding": "identity"}
+    token = get_token()
     if token:
         asked["authorization"] = f"Bearer {token}"
-    answer = get_session().get(hf_hub_url(repo, file), headers=asked, timeout=30)
+    with _stream(hf_hub_url(repo, file), asked) as answer:
+        content = _first(answer, stop - start + 1) if answer.status_code < 300 else b""
     hf_raise_for_status(answer)
-    content = bytes(answer.content)
-    given = re.fullmatch(rf"bytes {start}-\d+/(\d+)", answer.headers.get("Content-Range", ""))
-    if given:
-        return content, int(given[1])
-    return content[start:], len(content)  # the whole file
+    if answer.headers.get("Content-Encoding", "identity") != "identity":
+        raise FormatError(f"{repo}/{file}: the server compresses it: download the model first")
+    place = answer.headers.get("Content-Range", "")
+    given = re.fullmatch(rf"bytes {start}-[0-9]+/([0-9]{{1,99}})", place)
+    if answer.status_code == 206 and given:
+        return content[: stop - start], int(given[1])
+    if start or len(content) > stop:
+        raise FormatError(
+            f"{repo}/{file}: the server sends it only as a whole: download the model first"
+        )
+    return content, len(content)
 
 
-def _all(data: bytes, size: int, source: str) -> int:
-    return size
+def _stream(url: str, headers: dict[str, str]) -> Any:
+    """An answer whose body is not read yet, as a context."""
+    from huggingface_hub import get_session
+
+    session: Any = get_session()
+    if callable(session.stream):  # an httpx client; before huggingface_hub 1.0 one of requests
+        return session.stream("GET", url, headers=headers, timeout=30)
+    return session.get(url, headers=headers, timeout=30, stream=True)
+
+
+def _first(answer: Any, most: int) -> bytes:
+    """The body of an answer, of a longer one `most` bytes."""
+    raw = hasattr(answer, "iter_raw")
+    content = bytearray()
+    for piece in answer.iter_raw() if raw else answer.iter_content(1 << 16):
+        content += piece
+        if len(content) >= most:
+            break
+    return bytes(content[:most])
 
 
 def _safetensors_header(data: bytes, size: int, source: str) -> int:
@@ -176,24 +245,40 @@ def _split(name: str) -> tuple[str, str | None]:
 
 
 def _files(repo: str) -> list[str]:
-    """Names in a repository; when the hub cannot be asked, of what is cached."""
-    from huggingface_hub import HfApi, snapshot_download
+    """Names in a repository. Raises ResourceError when the hub cannot be asked."""
+    from huggingface_hub import HfApi
 
-    try:
+    def ask() -> list[str]:
         # Not list_repo_files: that one retries for half a minute when there is no network.
         return [file.rfilename for file in HfApi().model_info(repo, timeout=10).siblings or []]
-    except Exception as error:
+
+    return _fetch(repo, ask)
+
+
+def _listed(repo: str) -> list[str] | Path:
+    """Names in a repository; when the hub cannot be asked, the folder of what is cached of it."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        return _files(repo)
+    except ResourceError as error:
         try:
-            folder = Path(snapshot_download(repo, local_files_only=True))
+            return Path(snapshot_download(repo, local_files_only=True))
         except Exception:
-            raise _unreachable(repo, error) from error
-        return [str(path.relative_to(folder)) for path in folder.rglob("*.gguf")]
+            raise error from None
+
+
+def _gguf(folder: Path, quant: str | None, repo: str) -> Path:
+    names = [str(path.relative_to(folder)) for path in folder.rglob("*.gguf")]
+    return folder / choose(names, quant, repo)
 
 
 def _fetch(repo: str, action: Callable[[], T]) -> T:
     # A download can fail with errors of several libraries; to the user they are one thing.
     try:
         return action()
+    except EdgeqError:
+        raise
     except Exception as error:
         raise _unreachable(repo, error) from error
 

@@ -30,7 +30,8 @@ class Machine:
 def look(root: Path = Path("/")) -> Machine:
     """The machine that files under `root` describe; on macOS, which has none, its own names."""
     tree, info = root / "proc/device-tree", text(root / "proc/cpuinfo")
-    total = re.search(r"^MemTotal:\s*(\d+) kB", text(root / "proc/meminfo"), re.MULTILINE)
+    memory = text(root / "proc/meminfo")
+    total = re.search(r"^MemTotal:[ \t]*([0-9]{1,15}) kB", memory, re.MULTILINE)
     return Machine(
         model=text(tree / "model"),
         compatible=frozenset(strings(tree / "compatible")),
@@ -48,7 +49,8 @@ def look(root: Path = Path("/")) -> Machine:
 
 def _values(info: str, key: str) -> list[str]:
     """Values of a key of /proc/cpuinfo, of all processors."""
-    return re.findall(rf"^{key}[ \t]*:[ \t]*(.*?)[ \t]*$", info, re.MULTILINE)
+    parts = (line.partition(":") for line in info.split("\n"))
+    return [value.strip() for name, colon, value in parts if colon and name.strip() == key]
 
 
 def _apple(root: Path) -> str:

@@ -7,6 +7,7 @@ The files in data/machines/ are written after what such machines print: the form
 import json
 import re
 from pathlib import Path
+from time import perf_counter
 
 import pytest
 from click.testing import CliRunner
@@ -129,6 +130,15 @@ GOOD = 'name = "Board"\nisa = "neon"\nmemory = "DDR4"\n'
         ('read = [{ gbs = nan, kind = "measured", source = "" }]', "gbs = nan"),
         ('dot = [{ gmacs = -1, kind = "measured", source = "" }]', "gmacs = -1"),
         ('id = "../x"', "id = '../x': expected"),
+        ('cores = [{ kind = "../a", count = 4, ghz = 1 }]', r"cores\[0\]: kind = '../a': expected"),
+        ('cores = [{ kind = "a", count = 4, ghz = 1, l1_kib = -32 }]', r"l1_kib = -32: expected"),
+        ("shared_kib = -1", "shared_kib = -1: expected"),
+        ("decode_threads = 999999", "decode_threads = 999999: expected 1 to 256"),
+        ('dot = [{ gmacs = 1, kind = "measured", source = "", threads = 300 }]', "threads = 300"),
+        (
+            'power = { idle = -5, load = 1, kind = "measured", source = "" }',
+            "idle = -5.0: expected",
+        ),
     ],
 )
 def test_files_are_read_strictly(tmp_path: Path, more: str, problem: str) -> None:
@@ -138,6 +148,22 @@ def test_files_are_read_strictly(tmp_path: Path, more: str, problem: str) -> Non
     path.write_text(GOOD + more)
     with pytest.raises(FormatError, match=problem):
         devices.get(path)
+
+
+def test_an_instruction_set_that_is_none_is_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "board.toml"
+    more = ["ram_gib = [4]", 'cores = [{ kind = "none-such", count = 4, ghz = 1 }]']
+    more.append('read = [{ gbs = 5, kind = "measured", source = "" }]')
+    for name in ("i8mm2", "../../etc"):
+        path.write_text("\n".join([GOOD.replace("neon", name), *more]))
+        said = CliRunner().invoke(cli.app, ["plan", "--device", str(path)])
+        names = ", ".join(isa.modules())
+        assert said.stderr == f"edgeq: {path}: isa = '{name}': expected one of {names}\n"
+        assert said.exit_code == 2
+    path.write_text("\n".join([GOOD, *more]))
+    said = CliRunner().invoke(cli.app, ["plan", "--device", str(path)])
+    assert said.exit_code == 0
+    assert "kernels unknown" in said.stdout
 
 
 def test_a_machine_without_files_is_generic(tmp_path: Path) -> None:
@@ -159,3 +185,28 @@ def test_devices_are_listed() -> None:
     assert [row["id"] for row in listed] == [device.id for device in devices.every()]
     assert [row["id"] for row in listed if row["here"]] == [devices.here().id]
     assert all(len(line) <= 80 for line in shown.stdout.splitlines())
+
+
+def test_a_device_is_shown_with_all_that_is_known() -> None:
+    shown = CliRunner().invoke(cli.app, ["devices", "rpi5"]).stdout
+    assert "2.0, 4.0, 8.0, 16.0" in shown
+    assert "model: Raspberry Pi 5 *, Raspberry Pi Compute Module 5*" in shown
+    document = json.loads(CliRunner().invoke(cli.app, ["devices", "rpi5-8gb", "--json"]).stdout)
+    assert document[0]["ram_gib"] == [8.0]
+
+
+def test_a_device_file_does_not_drive_the_terminal(tmp_path: Path) -> None:
+    path = tmp_path / "board.toml"
+    path.write_text(GOOD.replace("Board", r"[red]B\u001b[31m"))
+    shown = CliRunner().invoke(cli.app, ["devices", str(path)]).stdout
+    assert r"[red]B\x1b[31m" in shown
+
+
+def test_hostile_files_of_a_system_take_no_time(tmp_path: Path) -> None:
+    (tmp_path / "proc").mkdir()
+    (tmp_path / "proc/cpuinfo").write_text("flags\t: a" + " " * (1 << 19) + "b\n")
+    (tmp_path / "proc/meminfo").write_text("MemTotal: " + "9" * 5000 + " kB\n")
+    start = perf_counter()
+    assert look(tmp_path).features == {"a", "b"}
+    assert perf_counter() - start < 2
+    assert look(tmp_path).ram == 0

@@ -117,6 +117,15 @@ def test_room_and_speed_of_a_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert states(9 << 30, None, filesystem="vfat")["writing"] == "warn"
 
 
+def test_what_has_no_size_is_no_full_disk() -> None:
+    proc = Path("/proc/self")
+    if not proc.is_dir():
+        pytest.skip("this system has no /proc")
+    room = next(f for f in disk.findings(System(place=proc)) if f.topic == "room")
+    assert room.state == "info"
+    assert room.text.endswith("unknown")
+
+
 def test_a_real_file_is_read_past_the_cache(tmp_path: Path) -> None:
     (tmp_path / "small.gguf").write_bytes(bytes(100))
     file = tmp_path / "a.gguf"

@@ -1,14 +1,10 @@
 """Predictions: sizes to the byte; memory, speed beside what was measured and published."""
 
-import http.server
 import itertools
 import json
 import re
-import shutil
 import subprocess
 import sys
-import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import published
@@ -16,9 +12,9 @@ import pytest
 from click.testing import CliRunner, Result
 
 import edgeq
-from edgeq import cli, devices, hub, limits, plan, rates
+from edgeq import cli, devices, limits, plan, rates
 from edgeq.blueprint import AS_IS, Blueprint, read
-from edgeq.errors import FormatError, RequestError, ResourceError
+from edgeq.errors import RequestError
 from edgeq.kernels import cache
 from edgeq.kernels import isa as isas
 from edgeq.limits import Limits
@@ -265,110 +261,3 @@ def test_a_model_that_the_engine_cannot_run_still_has_sizes(tmp_path: Path) -> N
     assert shown.exit_code == 0
     assert "the engine cannot run it: architecture 'mamba'" in shown.stderr
     assert "4.5 MiB" in shown.stdout
-
-
-# -- from the hub ----------------------------------------------------------------------------------
-class Server(http.server.BaseHTTPRequestHandler):
-    """Files of a folder as the hub gives them, parts of files too; what was sent is counted."""
-
-    folder: Path
-    sent: dict[str, int]
-
-    def do_GET(self) -> None:
-        if self.path.startswith("/api/models/"):
-            names = [{"rfilename": path.name} for path in self.folder.iterdir()]
-            self._send(200, json.dumps({"id": "user/m", "siblings": names}).encode(), {})
-            return
-        path = self.folder / self.path.rpartition("/")[2]
-        if not path.is_file():
-            self._send(404, b"", {})
-            return
-        content = path.read_bytes()
-        start, stop = (
-            int(word) for word in self.headers["Range"].removeprefix("bytes=").split("-")
-        )
-        part = content[start : stop + 1]
-        self.sent[path.name] = self.sent.get(path.name, 0) + len(part)
-        place = f"bytes {start}-{start + len(part) - 1}/{len(content)}"
-        self._send(206, part, {"Content-Range": place})
-
-    def _send(self, code: int, body: bytes, headers: dict[str, str]) -> None:
-        self.send_response(code)
-        for name, value in {"Content-Length": str(len(body)), **headers}.items():
-            self.send_header(name, value)
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, *_: object) -> None:
-        pass
-
-
-@pytest.fixture
-def served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Server]]:
-    """A hub on this machine with the files of a folder as user/m."""
-    handler = type("Handler", (Server,), {"folder": tmp_path / "repo", "sent": {}})
-    handler.folder.mkdir()
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    place = f"http://127.0.0.1:{server.server_address[1]}"
-    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", place)
-    monkeypatch.setattr(
-        "huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE",
-        place + "/{repo_id}/resolve/{revision}/{filename}",
-    )
-    monkeypatch.setattr(hub, "_files", lambda repo: [p.name for p in handler.folder.iterdir()])
-    yield handler
-    server.shutdown()
-    server.server_close()
-    thread.join()
-
-
-def test_of_a_hub_name_only_headers_are_fetched(
-    served: type[Server], example: Blueprint, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(hub, "_STEP", 1 << 16)
-    for name in ("config.json", "model.safetensors", "tokenizer.model"):
-        shutil.copy(EXAMPLE / name, served.folder)
-    with hub.headers("user/m") as path:
-        found = read(path)
-        assert path.name == "m"
-    assert not path.exists()
-    assert served.sent["model.safetensors"] <= 1 << 16
-    assert "tokenizer.model" not in served.sent
-    assert not found.exact
-    for file, whole in zip(found.files, example.files):
-        assert (file.recipe, file.data) == (whole.recipe, whole.data)
-        assert file.nbytes == pytest.approx(whole.nbytes, rel=0.1)
-
-
-def test_of_a_hub_file_only_its_header_is_fetched(
-    served: type[Server], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(hub, "_STEP", 1 << 14)  # less than the header: several requests
-    made = edgeq.convert(EXAMPLE, served.folder / "m-F16.gguf", "F16", method="rtn")
-    with hub.headers("user/m:f16") as path:
-        found = read(path)
-    assert found.exact
-    assert [f.nbytes for f in found.files] == [f.nbytes for f in read(made).files]
-    assert served.sent["m-F16.gguf"] < made.stat().st_size / 10
-
-
-def test_damaged_files_of_a_hub_are_refused(
-    served: type[Server], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (served.folder / "m-Q8_0.gguf").write_bytes(b"GGUF" + bytes(100))
-    with pytest.raises(FormatError), hub.headers("user/m"):
-        pass
-    (served.folder / "config.json").write_text("{}")
-    (served.folder / "model.safetensors").write_bytes(b"\xff" * 100)
-    with pytest.raises(FormatError, match="no header"), hub.headers("user/m"):
-        pass
-    monkeypatch.setattr(hub, "_files", lambda repo: ["gone.gguf"])
-    with pytest.raises(ResourceError, match="not fetched"), hub.headers("user/m"):
-        pass
-
-
-def test_a_path_is_read_as_it_is() -> None:
-    with hub.headers(str(EXAMPLE)) as path:
-        assert path == EXAMPLE

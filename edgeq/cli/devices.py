@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from edgeq.cli._terminal import is_terminal
+from edgeq.cli._table import show, table
+from edgeq.cli._terminal import harmless
 
 if TYPE_CHECKING:
     from edgeq.devices import Device
@@ -24,7 +25,7 @@ def command(name: str | None, as_json: bool) -> None:
     from edgeq import devices
 
     here = devices.here()
-    found = devices.every() if name is None else [devices.get(name)]
+    found = devices.every() if name is None else [devices.known(name)]
     if as_json:
         click.echo(json.dumps([_document(device, here) for device in found], indent=1))
     elif name is None:
@@ -38,22 +39,31 @@ def _document(device: "Device", here: "Device") -> dict[str, Any]:
 
 
 def _list(found: list["Device"], here: "Device") -> None:
-    table = _table("", "device", "what it is", "RAM", "threads", "GB/s")
+    rows = table("", "device", "what it is", "RAM", "threads", "GB/s", right=("GB/s",))
     for device in found:
         cells = (device.id, device.name, _sizes(device), _threads(device), _speed(device))
-        table.add_row("*" if device.id == here.id else "", *cells)
-    _print(table)
+        rows.add_row("*" if device.id == here.id else "", *cells)
+    show(rows)
 
 
 def _show(device: "Device") -> None:
-    table = _table("", "")
+    rows = table("", "")
     for key, value in dataclasses.asdict(device).items():
-        if key == "match" or not value:
-            continue
-        rows = value if isinstance(value, tuple) and isinstance(value[0], dict) else [value]
-        for i, row in enumerate(rows):
-            table.add_row("" if i else key, _text(row))
-    _print(table)
+        for i, text in enumerate(_rules(value) if key == "match" else _lines(value)):
+            rows.add_row("" if i else key, harmless(text))
+    show(rows)
+
+
+def _lines(value: Any) -> list[str]:
+    """A field as lines of text; none where nothing is known."""
+    if not value:
+        return []
+    many = isinstance(value, tuple) and isinstance(value[0], dict)
+    return [_text(row) for row in value] if many else [_text(value)]
+
+
+def _rules(match: dict[str, Any]) -> list[str]:
+    return [f"{key}: {_text(patterns)}" for key, patterns in match.items() if patterns]
 
 
 def _text(value: Any) -> str:
@@ -78,21 +88,3 @@ def _speed(device: "Device") -> str:
         return ""
     best = max(limits, key=lambda read: (read.how == "read", read.gbs))
     return f"{best.gbs:g}" if best.kind == "measured" else f"({best.gbs:g})"
-
-
-def _table(*columns: str) -> Any:
-    from rich import box
-    from rich.table import Table
-
-    table = Table(box=box.SIMPLE_HEAD if any(columns) else None, pad_edge=False)
-    for column in columns:
-        table.add_column(column, justify="right" if column == "GB/s" else "left", overflow="fold")
-    return table
-
-
-def _print(table: Any) -> None:
-    import sys
-
-    from rich.console import Console
-
-    Console(width=None if is_terminal(sys.stdout) else 80).print(table)

@@ -127,7 +127,7 @@ def _place(
             raise RequestError(f"device {known.id}: its file has no ram_gib: add it")
         size = f", {known.ram_gib[0]:g} GB"
         found = rates.of_device(known, pair)
-        return _Place(f"{known.name}{size}", ram, isa.modules()[known.isa], found)
+        return _Place(f"{known.name}{size}", ram, isa.named(known.isa, device), found)
     formats = {m.format.name for plan in plans for file in plan.files for m in file.matrices} | {
         "F16"
     }

@@ -93,11 +93,13 @@ def _other(device: str, blocks: Path) -> str:
 
 
 def free(path: Path) -> tuple[int, int] | None:
-    """Bytes (in all, that this user may still write) of the disk of a path."""
+    """Bytes (in all, that this user may still write) of the disk of a path; None where that is not
+    known, or it is none, as /proc.
+    """
     for place in (path, *path.parents):
         with contextlib.suppress(OSError):
             usage = shutil.disk_usage(place)
-            return usage.total, usage.free
+            return (usage.total, usage.free) if usage.total else None
     return None
 
 

@@ -54,6 +54,8 @@ class Loader:
                 executable = mmap.PROT_READ | mmap.PROT_EXEC
                 found = mmap.mmap(file.fileno(), image.size, mmap.MAP_SHARED, executable)
                 base = int(np.frombuffer(found, np.uint8).ctypes.data)
+                # Before the bytes are there no page may be touched: when a page is first mapped as
+                # code, Linux makes an Arm core's instruction cache agree with memory; not later.
                 file.write(image.at(base))
         except OSError as error:
             raise KernelError(f"no memory that may hold code: {error.strerror}") from error

@@ -15,9 +15,9 @@ from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 
-from edgeq.errors import KernelError
+from edgeq.errors import KernelError, RequestError
 
-__all__ = ["available", "choose", "host_features", "modules", "target"]
+__all__ = ["available", "choose", "host_features", "modules", "named", "target"]
 
 # Where Linux tells a program what an Arm CPU has: vector entry and bit, by LLVM's name (Linux:
 # arch/arm64/include/uapi/asm/hwcap.h). /proc/cpuinfo is another machine's under an emulator.
@@ -30,6 +30,23 @@ def modules() -> dict[str, ModuleType]:
     names = sorted(p.stem for p in Path(__file__).parent.glob("*.py") if p.stem != "__init__")
     found = [import_module(f"{__name__}.{name}") for name in names]
     return {m.NAME: m for m in sorted(found, key=lambda m: -m.RANK)}
+
+
+def named(name: str, where: str) -> ModuleType:
+    """The instruction set of another machine, as a file says; `where` names the file.
+
+    Raises RequestError for an unknown name.
+
+    >>> named("neon", "board.toml").RANK
+    10
+    >>> named("i8mm2", "board.toml")  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+        ...
+    edgeq.errors.RequestError: board.toml: isa = 'i8mm2': expected one of ...
+    """
+    if name not in modules():
+        raise RequestError(f"{where}: isa = {name!r}: expected one of {', '.join(modules())}")
+    return modules()[name]
 
 
 @cache
