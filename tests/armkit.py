@@ -19,11 +19,13 @@ TRIPLE = "aarch64-unknown-linux-gnu"
 STACK, PAGE = 1 << 18, 4096
 
 
-def machine(cpu: str) -> llvm.TargetMachine:
+def machine(cpu: str, features: str = "") -> llvm.TargetMachine:
     llvm.initialize_all_targets()
     llvm.initialize_all_asmprinters()
     target = llvm.Target.from_triple(TRIPLE)
-    return target.create_target_machine(cpu=cpu, opt=3, reloc="static", codemodel="small")
+    return target.create_target_machine(
+        cpu=cpu, features=features, opt=3, reloc="static", codemodel="small"
+    )
 
 
 def linked(code: bytes, find: Callable[[str], int] | None = None) -> tuple[np.ndarray, int]:

@@ -73,12 +73,12 @@ def host_machine(isa: ModuleType, cpu: str | None = None) -> llvm.TargetMachine:
     llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()
     target = llvm.Target.from_default_triple()
+    features = ""
     if cpu is None and isa.NAME != BEST:
-        cpu = isa.CPU[isas.machine()]
-    if cpu is None or cpu == "host":
+        cpu, features = isas.oldest(isa)
+    elif cpu is None or cpu == "host":
         cpu, features = isas.target(isas.modules()[BEST])
-        return target.create_target_machine(cpu=cpu, features=features, opt=3, jit=True)
-    return target.create_target_machine(cpu=cpu, opt=3, jit=True)
+    return target.create_target_machine(cpu=cpu, features=features, opt=3, jit=True)
 
 
 def native(
@@ -111,7 +111,7 @@ def native(
 def foreign(module: ir.Module, arguments: str, isa: ModuleType, result: bool) -> Any:
     """The same for an instruction set of Arm, by an emulator."""
     module.triple = armkit.TRIPLE
-    machine = armkit.machine(isa.CPU["aarch64"])
+    machine = armkit.machine(*isas.oldest(isa))
     return armkit.emulated(machine.emit_object(optimized(module, machine)), arguments, result)
 
 

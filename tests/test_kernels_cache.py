@@ -132,117 +132,24 @@ def test_somebody_elses_entry_is_none(tmp_path: Path, monkeypatch: pytest.Monkey
     assert cache.read(tmp_path, "op") is None
 
 
-# -- the folder ------------------------------------------------------------------------------------
-@pytest.fixture
-def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder of temporary files, where kernels go when theirs cannot be used."""
-    there = tmp_path / "temporary"
-    there.mkdir()
-    monkeypatch.setattr("tempfile.tempdir", str(there))
-    return there
-
-
-def assert_falls_back(temporary: Path) -> None:
-    root = cache.root()
-    assert root.parent == temporary
-    assert cache.root() == root  # every start finds the same
-    if os.name == "posix":
-        assert root.name == f"edgeq-{os.getuid()}"
-        assert stat.S_IMODE(root.stat().st_mode) == 0o700
-
-
-def test_the_folder_is_private(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("EDGEQ_CACHE", str(tmp_path / "a" / "b"))
-    assert cache.root() == tmp_path / "a" / "b" / "edgeq"
-    if os.name == "posix":
-        assert stat.S_IMODE(cache.root().stat().st_mode) == 0o700
-
-
-def test_default_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("EDGEQ_CACHE")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert cache.root() == tmp_path / "edgeq"
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    monkeypatch.setattr(Path, "home", lambda: tmp_path / "me")
-    assert cache.root() == tmp_path / "me" / ".cache" / "edgeq"
-
-
-@posix
-def test_the_place_that_was_given_keeps_its_mode(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """EDGEQ_CACHE=/tmp must not take /tmp from everybody else."""
-    monkeypatch.setenv("EDGEQ_CACHE", str(tmp_path))
-    tmp_path.chmod(0o1777)
-    assert cache.root() == tmp_path / "edgeq"
-    assert stat.S_IMODE(tmp_path.stat().st_mode) == 0o1777
-
-
-@posix
-@pytest.mark.parametrize("mode", [0o777, 0o720], ids=oct)
-def test_a_shared_folder_is_left_alone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, temporary: Path, mode: int
-) -> None:
-    monkeypatch.setenv("EDGEQ_CACHE", str(tmp_path))
-    (tmp_path / "edgeq").mkdir()
-    (tmp_path / "edgeq").chmod(mode)
-    assert_falls_back(temporary)
-    assert stat.S_IMODE((tmp_path / "edgeq").stat().st_mode) == mode
-    assert not list((tmp_path / "edgeq").iterdir())
-
-
-def test_a_file_in_the_way(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, temporary: Path
-) -> None:
-    (tmp_path / "edgeq").write_text("")
-    for where in (tmp_path, tmp_path / "edgeq", tmp_path / "edgeq" / "deeper"):
-        monkeypatch.setenv("EDGEQ_CACHE", str(where))
-        assert_falls_back(temporary)
-
-
-@posix
-def test_a_link_in_the_way(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, temporary: Path
-) -> None:
-    (tmp_path / "elsewhere").mkdir()
-    (tmp_path / "edgeq").symlink_to(tmp_path / "elsewhere")
-    monkeypatch.setenv("EDGEQ_CACHE", str(tmp_path))
-    assert_falls_back(temporary)
-
-
-@posix
-def test_a_read_only_folder(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, temporary: Path
-) -> None:
-    monkeypatch.setenv("EDGEQ_CACHE", str(tmp_path))
-    fixed, access = tmp_path / "edgeq", os.access
-    fixed.mkdir(mode=0o500)
-    if os.geteuid() == 0:  # whom permissions do not bind
-        monkeypatch.setattr(os, "access", lambda path, mode: path != fixed and access(path, mode))
-    assert_falls_back(temporary)
-
-
-@posix
-def test_somebody_elses_folders(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, temporary: Path
-) -> None:
-    """One line of advice when the temporary one is not ours either."""
-    monkeypatch.setenv("EDGEQ_CACHE", str(tmp_path))
-    assert cache.root() == tmp_path / "edgeq"
-    own = os.getuid()
-    monkeypatch.setattr(os, "getuid", lambda: own + 1)
-    with pytest.raises(KernelError, match=r"^no place .*set EDGEQ_CACHE to a folder of your own$"):
-        cache.root()
-
-
 def test_folders_differ_by_what_changes_the_code(monkeypatch: pytest.MonkeyPatch) -> None:
     found = {cache._digest(isa) for isa in isas.modules().values()}
     assert len(found) == len(isas.modules())
     monkeypatch.setenv("NUMBA_CPU_NAME", "generic")
     found.add(cache._digest(ISA))
+    monkeypatch.setenv("NUMBA_CPU_FEATURES", "+sse2")
+    found.add(cache._digest(ISA))
     monkeypatch.setattr(host, "version", lambda package: "0.0")
     found.add(cache._digest(ISA))
-    assert len(found) == len(isas.modules()) + 2
+    assert len(found) == len(isas.modules()) + 3
+
+
+def test_the_oldest_cpu_has_a_folder_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels for this CPU are not taken for those that run on every one with EDGEQ_ISA."""
+    monkeypatch.setattr(host, "name", lambda: "one with more")
+    own = cache._digest(ISA)
+    monkeypatch.setenv("EDGEQ_ISA", ISA.NAME)
+    assert cache._digest(ISA) != own
 
 
 # -- what a process loads --------------------------------------------------------------------------
@@ -312,6 +219,23 @@ def test_a_broken_compiler_is_one_line(tmp_path: Path, monkeypatch: pytest.Monke
         warnings.simplefilter("error")
         with pytest.raises(KernelError, match=r"^compiling kernels for \S+ failed: exit code 1$"):
             kernels.load(["lead"], ISA)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="kernels are compiled by forks on Linux only")
+@pytest.mark.parametrize("whole", [True, False], ids=["all", "fork"])
+def test_a_killed_compiler_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: bool
+) -> None:
+    """As when a board runs out of memory: the process that compiles, or its fork for one kernel."""
+    kill = "import os, sys; os.kill(os.getpid(), 9)\n"
+    fork = f"from edgeq.kernels import compile; compile._apart(lambda: exec({kill!r}))\n"
+    script = tmp_path / "python"
+    script.write_text(f"#!{sys.executable}\n{kill if whole else fork}")
+    script.chmod(0o700)
+    monkeypatch.setattr(cache, "folder", lambda isa: tmp_path)
+    monkeypatch.setattr(sys, "executable", str(script))
+    with pytest.raises(KernelError, match=r"failed: killed by signal 9: not enough memory\?.*zram"):
+        kernels.load(["lead"], ISA)
 
 
 @posix

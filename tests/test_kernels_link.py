@@ -1,15 +1,20 @@
 """Linking object code: for this machine by running it, for Arm on an emulated core."""
 
 import ctypes
+import errno
+import io
+import os
 from pathlib import Path
+from typing import Any
 
 import armkit
 import llvmlite.binding as llvm
 import numpy as np
 import pytest
 
+from edgeq import kernels
 from edgeq.errors import KernelError
-from edgeq.kernels import host
+from edgeq.kernels import host, link
 from edgeq.kernels.link import Image, Loader
 
 CALLS = """
@@ -50,6 +55,66 @@ def test_functions_and_constants_are_found() -> None:
     assert line.split()[1] == "r-xs"  # nothing can write there
 
 
+def open_files() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
+def refuse(*_: object) -> int:
+    raise OSError(errno.EACCES, "refused")
+
+
+@needs_linux
+@pytest.mark.parametrize("how", ["missing", "refused", "short"])
+def test_code_goes_to_a_file_where_memory_has_none(
+    how: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Pythons for old systems lack the call, and systems may refuse it."""
+    monkeypatch.setenv("EDGEQ_CACHE", str(tmp_path))
+    if how == "missing":
+        monkeypatch.delattr(os, "memfd_create")
+    elif how == "refused":
+        monkeypatch.setattr(os, "memfd_create", refuse)
+    else:
+        full = os.open("/dev/null", os.O_WRONLY)  # cannot be made longer
+        monkeypatch.setattr(os, "memfd_create", lambda name: full)
+    value, before = np.array([-2], np.int64), open_files()
+    address = Loader().add("f", compiled(CALLS))
+    ctypes.CFUNCTYPE(None, ctypes.c_void_p)(address)(value.ctypes.data)
+    assert value[0] == 40
+    assert open_files() == before - (how == "short")
+    assert not any(path.is_file() for path in tmp_path.rglob("*"))
+
+
+@needs_linux
+def test_a_short_write_is_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Short(io.FileIO):
+        def write(self, data: Any) -> int:
+            return super().write(data[:100])
+
+    def short() -> Short:
+        return Short(os.memfd_create("short"), "w")
+
+    monkeypatch.setattr(link, "_memory", short)
+    monkeypatch.setattr(link, "_disk", short)
+    with pytest.raises(OSError, match=os.strerror(errno.ENOMEM)):
+        Loader().add("f", compiled(CALLS))
+
+
+@needs_linux
+def test_llvm_links_where_the_system_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: object) -> int:
+        ctypes.set_errno(errno.EACCES)
+        return link.FAILED
+
+    monkeypatch.setattr(link, "_mmap", refused)
+    with pytest.raises(OSError, match=os.strerror(errno.EACCES)):
+        Loader().add("f", compiled(CALLS))
+    value = np.array([-2], np.int64)
+    address = kernels._add("f", compiled(CALLS))
+    ctypes.CFUNCTYPE(None, ctypes.c_void_p)(address)(value.ctypes.data)
+    assert value[0] == 40
+
+
 def holds(line: str, address: int) -> bool:
     first, last = (int(part, 16) for part in line.split()[0].split("-"))
     return first <= address < last
@@ -87,6 +152,34 @@ def test_damaged_files_are_refused() -> None:
     for size in (0, 3, 40, 64, 300, len(code) // 2):
         with pytest.raises(KernelError, match="object code"):
             Image(code[:size], lambda name: 0).at(0)
+
+
+@pytest.mark.parametrize("triple", ["", armkit.TRIPLE])
+def test_damage_raises_nothing_else(triple: str, rng: np.random.Generator) -> None:
+    code = compiled(CALLS, triple)
+    outcomes = set()
+    for _ in range(3000):
+        data = bytearray(code)
+        data[rng.integers(len(data))] ^= 1 << rng.integers(8)
+        try:
+            image = Image(bytes(data), lambda name: 1 << 40)
+            assert len(image.at(1 << 30)) == image.size > image.offset("f") >= 0
+            outcomes.add(True)
+        except KernelError:
+            outcomes.add(False)
+    assert outcomes == {True, False}
+
+
+@pytest.mark.parametrize(
+    ("kind", "reach"), [(282, 1 << 27), (283, 1 << 27), (275, 1 << 32)], ids=["b", "bl", "adrp"]
+)
+def test_no_distance_is_too_far(kind: int, reach: int) -> None:
+    here = 1 << 40
+    assert link._field(kind, here, here + reach - link.PAGE)
+    assert link._field(kind, here, here - reach)
+    for target in (here + reach, here - reach - link.PAGE):
+        with pytest.raises(KernelError, match="does not fit"):
+            link._field(kind, here, target)
 
 
 def test_the_cpu_is_asked_for_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

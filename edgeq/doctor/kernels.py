@@ -20,9 +20,9 @@ def findings(system: System) -> Iterator[Finding]:
     """Of this process, whatever `root` is: another machine's kernels are not here."""
     yield _executable()
     try:
-        from edgeq.kernels import cache
+        from edgeq.kernels import store
 
-        root = cache.root()
+        root = store.root()
     except ImportError:
         return  # another line says which package is missing
     except KernelError as error:
@@ -46,9 +46,9 @@ def _executable() -> Finding:
 
 
 def _folder(root: Path, system: System) -> Finding:
-    from edgeq.kernels import cache
+    from edgeq.kernels import store
 
-    wished = cache.places()[0]
+    wished = store.places()[0]
     found, sizes = drive.find(root, system.root), drive.free(root)
     mode = stat.S_IMODE(root.stat().st_mode)
     values = {
@@ -59,7 +59,7 @@ def _folder(root: Path, system: System) -> Finding:
         "options": sorted(found.options),
     }
     if root != wished:
-        text = f"{root}, since {wished} is {cache.refused(wished)}: lost when the machine restarts"
+        text = f"{root}, since {wished} is {store.refused(wished)}: lost when the machine restarts"
         return Finding("cache", "warn", text, _USUAL, values)
     if sizes and sizes[1] < NEEDED:
         text = f"{root}: {human(sizes[1])} free"

@@ -30,9 +30,15 @@ Progress = Callable[
 ]  # kernel just compiled, how many are done, how many there are
 
 
-@once
-def _loader() -> cache.Loader | link.Loader:
-    return link.Loader() if sys.platform == "linux" else cache.Loader()
+_mapper, _llvm = once(link.Loader), once(cache.Loader)
+
+
+def _add(symbol: str, code: bytes) -> int:
+    """Address of a function of an object file, by LLVM where the system refuses link.py."""
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError):
+            return _mapper().add(symbol, code)
+    return _llvm().add(symbol, code)
 
 
 def missing(names: Iterable[str], isa: ModuleType) -> list[str]:
@@ -56,7 +62,7 @@ def load(names: Iterable[str], isa: ModuleType, progress: Progress | None = None
 @once
 def _address(name: str, isa: ModuleType) -> int:
     entry = cache.read(cache.folder(isa), name)
-    address = _loader().add(*entry) if entry else 0
+    address = _add(*entry) if entry else 0
     if not address:
         raise KernelError(
             f"kernel {name}: no code in {cache.folder(isa)}: is the disk full, or the "
@@ -86,8 +92,9 @@ def _compile(names: list[str], isa: ModuleType, progress: Progress | None) -> No
                     progress(line.strip(), done, len(names))
         for child, file in zip(children, errors):
             if child.wait():
-                last = _last_line(file) or f"exit code {child.returncode}"
-                raise KernelError(f"compiling kernels for {isa.NAME} failed: {last}")
+                why = _killed(child.returncode) or _last_line(file)
+                why = why or f"exit code {child.returncode}"
+                raise KernelError(f"compiling kernels for {isa.NAME} failed: {why}")
 
 
 def _text_file() -> IO[str]:
@@ -98,6 +105,17 @@ def _last_line(file: IO[str]) -> str:
     file.seek(0)
     lines = file.read().strip().splitlines()
     return lines[-1] if lines else ""
+
+
+def _killed(code: int) -> str:
+    """What an exit code says about a signal, nothing where there was none: -9, or 137 from a shell
+    and from compile.py.
+    """
+    number = -code if code < 0 else code - 128
+    if number == 9:
+        advice = "not enough memory? close other programs or add swap (zram)"
+        return f"killed by signal 9: {advice}"
+    return f"killed by signal {number}" if number > 0 else ""
 
 
 def _child(names: list[str], errors: IO[str], isa: ModuleType) -> subprocess.Popen[str]:

@@ -11,10 +11,7 @@ import contextlib
 import ctypes
 import hashlib
 import json
-import os
-import stat
 import sys
-import tempfile
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -22,94 +19,28 @@ from typing import Any
 
 from edgeq.data import find
 from edgeq.errors import KernelError
+from edgeq.kernels import host, store
 from edgeq.kernels import isa as isas
 
-__all__ = [
-    "Loader",
-    "folder",
-    "keep",
-    "kept",
-    "places",
-    "read",
-    "recall",
-    "refused",
-    "remember",
-    "root",
-    "write",
-]
+__all__ = ["Loader", "folder", "read", "recall", "remember", "write"]
 
 MAGIC = b"edgeq kernel 1\n"
-
-
-def root() -> Path:
-    """The first of `places` that can be used; it is made.
-
-    Raises KernelError when none can.
-    """
-    found = places()
-    for path in found:
-        with contextlib.suppress(OSError):
-            path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if not refused(path):
-            return path
-    raise KernelError(
-        f"no place for compiled kernels: {found[0]} and {found[1]} cannot be written, or others "
-        "can write there: set EDGEQ_CACHE to a folder of your own"
-    )
-
-
-def places() -> list[Path]:
-    """Folder `edgeq` in EDGEQ_CACHE, else in the user's cache folder; for where that is not
-    writable, or others could write in it, a fixed one among the temporary files.
-    """
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return [Path(os.environ.get("EDGEQ_CACHE") or home).absolute() / "edgeq", _temporary()]
-
-
-def refused(path: Path) -> str:
-    """Why a folder cannot hold compiled kernels, nothing where it can; one that is shared is left
-    as it is.
-    """
-    try:
-        status = path.lstat()
-    except OSError:
-        return "cannot be made"
-    if not stat.S_ISDIR(status.st_mode):
-        return "not a folder"
-    if not _private(status):
-        return f"of user {status.st_uid}, mode {stat.S_IMODE(status.st_mode):o}: not yours alone"
-    return "" if os.access(path, os.W_OK | os.X_OK) else "not writable"
-
-
-def _temporary() -> Path:
-    name = f"edgeq-{os.getuid()}" if os.name == "posix" else "edgeq"
-    return Path(tempfile.gettempdir()).absolute() / name
-
-
-def _private(status: os.stat_result) -> bool:
-    """Whether only this user can have written what is there."""
-    if os.name != "posix":
-        return True
-    return status.st_uid == os.getuid() and not stat.S_IMODE(status.st_mode) & 0o022
 
 
 @cache
 def folder(isa: ModuleType) -> Path:
     """Folder of the kernels for this CPU, instruction set, source and compiler."""
-    return root() / f"kernels-{_digest(isa)}"
+    return store.root() / f"kernels-{_digest(isa)}"
 
 
 def _digest(isa: ModuleType) -> str:
-    from edgeq.kernels import host
-
     digest = hashlib.sha256()
     here = Path(__file__).parent
     blocks = [here.parent / "blocks.py", here.parent / "blockformat.py"]
     for path in sorted([*here.rglob("*.py"), *find("formats").glob("*.toml"), *blocks]):
         digest.update(path.read_bytes())
-    facts = [isa.NAME, isas.machine(), sys.version.split()[0]]
+    facts = [isa.NAME, isas.machine(), sys.version.split()[0], *isas.target(isa)]
     facts += [host.version("llvmlite"), host.version("numba"), host.name(), host.features()]
-    facts += [os.environ.get(name, "") for name in ("NUMBA_CPU_NAME", "NUMBA_CPU_FEATURES")]
     digest.update("\n".join(facts).encode())
     return digest.hexdigest()[:20]
 
@@ -124,19 +55,15 @@ def _seal(name: str, symbol: str, code: bytes) -> str:
 
 
 def write(where: Path, name: str, symbol: str, code: bytes) -> None:
-    """Store a compiled kernel in a folder; complete or not at all."""
-    path = _file(where, name)
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    """Store a compiled kernel in a folder; complete or not at all. Raises OSError."""
     head = {"symbol": symbol, "bytes": len(code), "sha256": _seal(name, symbol, code)}
-    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-        file.write(MAGIC + json.dumps(head).encode() + b"\n" + code)
-    os.replace(file.name, path)
+    store.write(_file(where, name), MAGIC + json.dumps(head).encode() + b"\n" + code)
 
 
 def read(where: Path, name: str) -> tuple[str, bytes] | None:
     """(symbol, object code), or None when there is no sound entry of this user's own."""
     try:
-        data = _own(_file(where, name))
+        data = store.own(_file(where, name))
         if not data.startswith(MAGIC):
             return None
         line, _, code = data[len(MAGIC) :].partition(b"\n")
@@ -147,42 +74,15 @@ def read(where: Path, name: str) -> tuple[str, bytes] | None:
         return None
 
 
-def _own(path: Path) -> bytes:
-    """Bytes of a file, none when others could have written it or put it there. Raises OSError."""
-    if not _private(path.parent.lstat()):
-        return b""
-    fd = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0))
-    with open(fd, "rb") as file:
-        return file.read() if _private(os.fstat(fd)) else b""
-
-
 def remember(name: str, isa: ModuleType, values: dict[str, Any]) -> None:
     """Keep what was measured on this machine; a cache that cannot be written is no error."""
     with contextlib.suppress(KernelError):
-        keep(folder(isa) / f"{name}.json", values)
+        store.keep(folder(isa) / f"{name}.json", values)
 
 
 def recall(name: str, isa: ModuleType) -> dict[str, Any] | None:
     """What was kept under this name, None where there is nothing of the kind."""
-    return kept(folder(isa) / f"{name}.json")
-
-
-def keep(path: Path, values: dict[str, Any]) -> None:
-    """Write a table to a file of the cache, unless it cannot be written."""
-    with contextlib.suppress(OSError):
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-            json.dump(values, file)
-        os.replace(file.name, path)
-
-
-def kept(path: Path) -> dict[str, Any] | None:
-    """The table in a file of the cache, None where there is none of this user's own."""
-    try:
-        found = json.loads(_own(path))
-    except (OSError, ValueError):
-        return None
-    return found if isinstance(found, dict) else None
+    return store.kept(folder(isa) / f"{name}.json")
 
 
 class Loader:

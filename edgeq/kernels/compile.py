@@ -100,8 +100,9 @@ def _apart(work: Callable[[], None]) -> None:
         return
     parent, child = os.getpid(), os.fork()
     if child:
-        if os.waitpid(child, 0)[1]:
-            sys.exit(1)  # it has said why
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        if code:
+            sys.exit(code if code > 0 else 128 - code)  # as shells do; else it has said why
         return
     code = 1
     try:

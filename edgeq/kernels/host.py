@@ -13,7 +13,7 @@ from pathlib import Path
 
 from edgeq import sysfs
 from edgeq.errors import KernelError
-from edgeq.kernels import cache
+from edgeq.kernels import store
 
 __all__ = ["features", "name", "version"]
 
@@ -49,14 +49,14 @@ def version(package: str) -> str:
 @once
 def _facts() -> dict[str, str]:
     kept_as = _identity()
-    kept = cache.kept(kept_as) if kept_as else None
+    kept = store.kept(kept_as) if kept_as else None
     if kept is not None and _sane(kept):
         return kept
     import llvmlite.binding as llvm
 
     found = {"cpu": llvm.get_host_cpu_name(), "features": llvm.get_host_cpu_features().flatten()}
     if kept_as:
-        cache.keep(kept_as, found)
+        store.keep(kept_as, found)
     return found
 
 
@@ -75,6 +75,6 @@ def _identity() -> Path | None:
     lines += [platform.machine(), version("llvmlite"), *(str(getauxval(i)) for i in _HWCAPS)]
     key = hashlib.sha256("\n".join(lines).encode()).hexdigest()[:20]
     try:
-        return cache.root() / f"cpu-{key}.json"
+        return store.root() / f"cpu-{key}.json"
     except KernelError:
         return None

@@ -9,23 +9,27 @@ Relocations: System V ABI, AMD64 supplement, 4.4; ELF for the Arm 64-bit Archite
 5.7.
 """
 
+import contextlib
 import ctypes
-import mmap
+import errno
 import os
 import struct
 from collections.abc import Callable, Iterator
-
-import numpy as np
+from tempfile import TemporaryFile
+from typing import IO
 
 from edgeq.errors import KernelError
+from edgeq.kernels.store import root
 
 __all__ = ["Image", "Loader"]
 
+PROT_READ, PROT_EXEC, MAP_SHARED, FAILED = 1, 4, 1, 2 ** (8 * ctypes.sizeof(ctypes.c_void_p)) - 1
 RELOCATABLE, X86_64, AARCH64 = 1, 62, 183  # of e_type and e_machine
 WRITABLE, ALLOCATED = 1, 2  # of sh_flags
 SYMBOLS, RELOCATIONS, ZEROS = 2, 4, 8  # of sh_type
 UNDEFINED, COMMON = 0, 0xFFF2  # of st_shndx
 PAGE = 4096
+MOST = 64 << 20  # bytes of a kernel: a thousand times what the largest has
 
 ABSOLUTE = {(X86_64, 1), (AARCH64, 257)}  # 64 bits
 RELATIVE = {(X86_64, 2): 4, (X86_64, 24): 8, (AARCH64, 260): 8, (AARCH64, 261): 4}  # bytes
@@ -37,30 +41,55 @@ FAR_CALL = struct.pack("<II", 0x58000050, 0xD61F0200)  # ldr x16, .+8; br x16; t
 
 
 class Loader:
-    """Maps object code into the process; the code lives as long as the loader."""
-
-    def __init__(self) -> None:
-        self._maps: list[mmap.mmap] = []
+    """Maps object code into the process; the code lives as long as that."""
 
     def add(self, symbol: str, code: bytes) -> int:
         """Address of the function `symbol` of an object file.
 
-        Raises KernelError when it cannot be linked, or the system has no memory for code.
+        Raises KernelError when it cannot be linked, OSError when the system has no memory for code.
         """
         image = Image(code, _of_this_process)
         try:
-            with open(os.memfd_create("edgeq-kernel"), "wb", 0) as file:
-                file.truncate(image.size)
-                executable = mmap.PROT_READ | mmap.PROT_EXEC
-                found = mmap.mmap(file.fileno(), image.size, mmap.MAP_SHARED, executable)
-                base = int(np.frombuffer(found, np.uint8).ctypes.data)
-                # Before the bytes are there no page may be touched: when a page is first mapped as
-                # code, Linux makes an Arm core's instruction cache agree with memory; not later.
-                file.write(image.at(base))
-        except OSError as error:
-            raise KernelError(f"no memory that may hold code: {error.strerror}") from error
-        self._maps.append(found)
-        return base + image.offset(symbol)
+            return _map(_memory, image) + image.offset(symbol)
+        except OSError:
+            return _map(_disk, image) + image.offset(symbol)
+
+
+def _memory() -> IO[bytes]:
+    """A file in memory; raises OSError where Python or the system has none."""
+    if not hasattr(os, "memfd_create"):  # built with a C library before 2.27
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+    return open(os.memfd_create("edgeq-kernel"), "wb", 0)
+
+
+def _disk() -> IO[bytes]:
+    """A file without a name."""
+    return TemporaryFile("wb", 0, dir=root())
+
+
+def _map(make: Callable[[], IO[bytes]], image: "Image") -> int:
+    """Address of an image in memory that cannot be written.
+
+    The C library maps it, not Python, which would keep the file open.
+    """
+    with make() as file:
+        file.truncate(image.size)
+        base = _mmap(None, image.size, PROT_READ | PROT_EXEC, MAP_SHARED, file.fileno(), 0)
+        if base == FAILED:
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+        # Before the bytes are there no page may be touched: when a page is first mapped as code,
+        # Linux makes an Arm core's instruction cache agree with memory; not later.
+        if file.write(image.at(base)) < image.size:
+            raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+    return base
+
+
+def _mmap(*arguments: int | None) -> int:
+    function = ctypes.CDLL(None, use_errno=True).mmap
+    size, number = ctypes.c_size_t, ctypes.c_int
+    function.argtypes = [ctypes.c_void_p, size, number, number, number, ctypes.c_long]
+    function.restype = size
+    return int(function(*arguments))
 
 
 def _of_this_process(name: str) -> int:
@@ -80,32 +109,35 @@ class Image:
 
     def __init__(self, code: bytes, find: Callable[[str], int]) -> None:
         self._code, self._find = code, find
-        try:
+        with _damage():
             self._sections = self._table()
             self._place, self.size = self._layout()
             self._symbols = list(self._read_symbols())
-        except (struct.error, IndexError, ValueError) as error:
-            raise KernelError(f"object code is damaged: {error}") from error
+        if not 0 < self.size <= MOST:
+            raise KernelError(f"object code: {self.size} bytes, expected 1 to {MOST}")
 
     def offset(self, symbol: str) -> int:
         """Where a function of the file starts."""
         for name, place, _ in self._symbols:
-            if name == symbol and place is not None:
+            if name == symbol and place is not None and place < self.size:
                 return place
         raise KernelError(f"object code: no function {symbol!r}")
 
     def at(self, base: int) -> bytes:
         """The bytes, to be run at address `base`."""
         out = bytearray(self.size)
-        for i, place in self._place.items():
-            _, kind, _, _, offset, length, *_ = self._sections[i]
-            if kind != ZEROS:
-                out[place : place + length] = self._code[offset : offset + length]
-        for stub, address in self._stubs.values():
-            out[stub : stub + 16] = FAR_CALL + struct.pack("<Q", address)
-        for section, entry in self._entries(RELOCATIONS):
-            if section[7] in self._place:
-                self._relocate(out, base, self._place[section[7]], entry)
+        with _damage():
+            for i, place in self._place.items():
+                _, kind, _, _, offset, length, *_ = self._sections[i]
+                if kind != ZEROS:
+                    out[place : place + length] = self._code[offset : offset + length]
+            for stub, address in self._stubs.values():
+                out[stub : stub + 16] = FAR_CALL + struct.pack("<Q", address)
+            for section, entry in self._entries(RELOCATIONS):
+                if section[7] in self._place:
+                    self._relocate(out, base, self._place[section[7]], entry)
+        if len(out) != self.size:
+            raise KernelError("object code is damaged: a part is cut short")
         return bytes(out)
 
     # -- reading -----------------------------------------------------------------------------------
@@ -171,6 +203,7 @@ class Image:
             struct.pack_into("<Q", out, at, target)
         elif (self._machine, kind) in RELATIVE:
             size = RELATIVE[self._machine, kind]
+            _within(8 * size, target - here)
             out[at : at + size] = (target - here).to_bytes(size, "little", signed=True)
         elif self._machine == AARCH64:
             (word,) = struct.unpack_from("<I", out, at)
@@ -184,10 +217,27 @@ def _field(kind: int, here: int, target: int) -> int:
     if kind in MOVES:
         return (target >> MOVES[kind] & 0xFFFF) << 5
     if kind in CALLS:
+        _within(28, target - here)
         return (target - here >> 2) & 0x3FFFFFF
     if kind in LOW_BITS:
         return (target % PAGE >> LOW_BITS[kind]) << 10
     if kind == PAGE_OF:
-        pages = (target // PAGE - here // PAGE) & 0x1FFFFF
+        pages = target // PAGE - here // PAGE
+        _within(21, pages)
+        pages &= 0x1FFFFF
         return (pages & 3) << 29 | (pages >> 2) << 5
     raise KernelError(f"object code: relocation {kind} is not known")
+
+
+def _within(bits: int, distance: int) -> None:
+    if not -(1 << bits - 1) <= distance < 1 << bits - 1:
+        raise KernelError(f"object code: {distance} does not fit into {bits} bits")
+
+
+@contextlib.contextmanager
+def _damage() -> Iterator[None]:
+    """Turns what reading nonsense raises into KernelError."""
+    try:
+        yield
+    except (struct.error, LookupError, ValueError, ArithmeticError) as error:
+        raise KernelError(f"object code is damaged: {error}") from error

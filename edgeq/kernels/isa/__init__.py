@@ -1,9 +1,9 @@
 """Instruction sets: one file each, chosen once per process.
 
 A module states its NAME, its RANK among those a machine can run, the features it NEEDS (LLVM's
-names), the CPU that EDGEQ_ISA compiles for, and the words: `dot`, `lookup`, `shifted`, `flags`,
-`from_f16`, `to_f16`, `pause`. Where neighbouring lanes are added cheaply (`ACROSS`) rows keep their
-own order, and there is a word more: `sums`.
+names), the CPU that EDGEQ_ISA compiles for together with these, and the words: `dot`, `lookup`,
+`shifted`, `flags`, `from_f16`, `to_f16`, `pause`. Where neighbouring lanes are added cheaply
+(`ACROSS`) rows keep their own order, and there is a word more: `sums`.
 """
 
 import ctypes
@@ -16,8 +16,18 @@ from pathlib import Path
 from types import ModuleType
 
 from edgeq.errors import KernelError, RequestError
+from edgeq.kernels import host
 
-__all__ = ["available", "choose", "host_features", "modules", "named", "target"]
+__all__ = [
+    "available",
+    "choose",
+    "host_features",
+    "modules",
+    "named",
+    "needed",
+    "oldest",
+    "target",
+]
 
 # Where Linux tells a program what an Arm CPU has: vector entry and bit, by LLVM's name (Linux:
 # arch/arm64/include/uapi/asm/hwcap.h). /proc/cpuinfo is another machine's under an emulator.
@@ -55,8 +65,6 @@ def host_features() -> frozenset[str]:
 
     On Arm LLVM knows only what /proc/cpuinfo says: 64-bit Arm always has NEON.
     """
-    from edgeq.kernels import host
-
     given = os.environ.get("NUMBA_CPU_FEATURES")
     if given:
         return frozenset(f[1:] for f in given.split(",") if f.startswith("+"))
@@ -82,17 +90,26 @@ def _has(entry: int, bit: int) -> bool:
 
 def target(isa: ModuleType) -> tuple[str, str]:
     """LLVM's name of the CPU to compile for, and its features: what NUMBA_CPU_NAME and
-    NUMBA_CPU_FEATURES say; else, with EDGEQ_ISA, a CPU that has no more than the instruction set
-    needs; else this one.
+    NUMBA_CPU_FEATURES say; else, with EDGEQ_ISA, `oldest`; else this CPU.
     """
-    from edgeq.kernels import host
-
     name, features = (os.environ.get(f"NUMBA_CPU_{word}") for word in ("NAME", "FEATURES"))
     if os.environ.get("EDGEQ_ISA"):
-        return name or isa.CPU[machine()], features or ""
-    # What LLVM does not see in a CPU that it does not know was found otherwise.
-    needed = [host.features(), *(f"+{need}" for need in sorted(isa.NEEDS))]
-    return name or host.name(), features or ",".join(filter(None, needed))
+        default = oldest(isa)
+    else:  # what LLVM does not see in a CPU that it does not know was found otherwise
+        default = host.name(), ",".join(filter(None, [host.features(), needed(isa)]))
+    return name or default[0], features or default[1]
+
+
+def oldest(isa: ModuleType) -> tuple[str, str]:
+    """Name and features of a CPU that has no more than all that have what an instruction set needs:
+    code for it runs wherever `available` says so.
+    """
+    return isa.CPU[machine() if machine() in isa.CPU else next(iter(isa.CPU))], needed(isa)
+
+
+def needed(isa: ModuleType) -> str:
+    """The features an instruction set needs, as LLVM takes them."""
+    return ",".join(f"+{name}" for name in sorted(isa.NEEDS))
 
 
 def available() -> list[ModuleType]:

@@ -17,7 +17,7 @@ import llvmlite
 import numba
 from numba.core.caching import FunctionCache
 
-from edgeq.kernels.cache import root
+from edgeq.kernels.store import root
 
 Function = Callable[..., Any]
 
