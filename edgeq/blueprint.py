@@ -3,6 +3,7 @@ memory that it would take. Headers are read, weights are not.
 """
 
 import contextlib
+import dataclasses
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from edgeq.errors import FormatError, ModelError
 from edgeq.gguf import TensorSpec, outline
 from edgeq.gguf.layout import DEFAULT_ALIGNMENT, aligned
 from edgeq.kernels.layout import TILE_KEYS
+from edgeq.loss import expected, of_type
 from edgeq.models.arch import Arch
 from edgeq.models.transformer import Transformer
 from edgeq.models.weights import Matrix, sketch
@@ -44,7 +46,7 @@ class File:
     weights: int
     formats: Mapping[str, BlockFormat]  # of every tensor
     arch: Arch | None  # None: the engine cannot run it
-    divergence: float | None = None  # see Recipe
+    divergence: float | None = None  # expected, see edgeq.loss
 
     @property
     def bits_per_weight(self) -> float:
@@ -104,7 +106,7 @@ class File:
 
 @dataclass(frozen=True)
 class Blueprint:
-    """A model by its headers; files: as it is, if that is a quantized GGUF file, else by recipe."""
+    """A model by its headers; files: by recipe, and as it is if that is a quantized GGUF file."""
 
     name: str
     files: Sequence[File]
@@ -116,22 +118,20 @@ class Blueprint:
 def read(path: Path | str) -> Blueprint:
     """Blueprint of a checkpoint folder or a GGUF file.
 
-    Raises as `edgeq.sources.open_source`.
+    Raises as `edgeq.sources.open_source`, and FormatError for a file without tensors.
 
     >>> plan = read("examples/tiny-home")
     >>> [(file.recipe, file.nbytes) for file in plan.files if file.recipe == "Q4_K_M"]
     [('Q4_K_M', 4748128)]
     """
     with contextlib.closing(open_source(path, allow_requantize=True)) as source:
-        metadata = {**source.metadata(), **file_keys(0)}
+        if not source.shapes:
+            raise FormatError(f"{path}: no tensors: expected those of a model")
+        metadata, model = source.metadata(), source.model
+        made = {recipe: specs_of(source, recipe) for recipe in map(Recipe.load, recipes())}
         if isinstance(source, GgufSource) and source.quantized:
-            kept = [
-                TensorSpec(name, shape, source.formats[name])
-                for name, shape in source.shapes.items()
-            ]
-            made = {Recipe(AS_IS, 0, "F32", ""): kept}
-        else:
-            made = {recipe: specs_of(source, recipe) for recipe in map(Recipe.load, recipes())}
+            made = _beside(source, metadata.get("general.file_type"), made)
+    metadata = {**metadata, **file_keys(0)}
     gguf = outline(path, metadata, next(iter(made.values())))
     try:
         arch, problem = models.arch_of(gguf), ""
@@ -139,9 +139,20 @@ def read(path: Path | str) -> Blueprint:
         arch, problem = None, str(error)
     known = len(metadata.get("tokenizer.ggml.tokens", ())) > 0
     head = gguf.size + (0 if known or arch is None else ENTRY * arch.vocab_size)
-    files = [_file(recipe, specs, head, arch, gguf.alignment) for recipe, specs in made.items()]
+    files = [
+        _file(recipe, specs, head, arch, gguf.alignment, model) for recipe, specs in made.items()
+    ]
     files.sort(key=lambda file: file.nbytes)
     return Blueprint(Path(path).name, files, arch, problem, exact=known or arch is None)
+
+
+def _beside(
+    source: GgufSource, file_type: object, made: dict[Recipe, list[TensorSpec]]
+) -> dict[Recipe, list[TensorSpec]]:
+    """A quantized file as it is, and what other recipes would make of the same model."""
+    own = [TensorSpec(name, shape, source.formats[name]) for name, shape in source.shapes.items()]
+    recipe = dataclasses.replace(of_type(file_type) or Recipe("", 0, "F32", ""), name=AS_IS)
+    return {recipe: own} | {other: specs for other, specs in made.items() if specs != own}
 
 
 def of_arch(name: str, arch: Arch, *, tied: bool, mixtures: Sequence[str]) -> Blueprint:
@@ -154,17 +165,25 @@ def of_arch(name: str, arch: Arch, *, tied: bool, mixtures: Sequence[str]) -> Bl
     for recipe in map(Recipe.load, mixtures):
         formats = assign(recipe, shapes.items(), model)
         specs = [TensorSpec(n, shape, blocks.get(formats[n])) for n, shape in shapes.items()]
-        files.append(_file(recipe, specs, ENTRY * arch.vocab_size, arch, DEFAULT_ALIGNMENT))
+        head = ENTRY * arch.vocab_size
+        files.append(_file(recipe, specs, head, arch, DEFAULT_ALIGNMENT, model))
     return Blueprint(name, files, arch, exact=False)
 
 
 def _file(
-    recipe: Recipe, specs: Sequence[TensorSpec], head: int, arch: Arch | None, alignment: int
+    recipe: Recipe,
+    specs: Sequence[TensorSpec],
+    head: int,
+    arch: Arch | None,
+    alignment: int,
+    model: Model,
 ) -> File:
     data = sum(aligned(nbytes(spec), alignment) for spec in specs)
     weights = sum(math.prod(spec.shape) for spec in specs)
     formats = {spec.name: spec.format for spec in specs}
-    return File(recipe.name, head + data, data, weights, formats, arch, recipe.divergence)
+    names = {name: fmt.name for name, fmt in formats.items()}
+    loss = expected(recipe, {spec.name: spec.shape for spec in specs}, names, model)
+    return File(recipe.name, head + data, data, weights, formats, arch, loss)
 
 
 def _shapes(arch: Arch, tied: bool) -> Iterator[tuple[str, tuple[int, ...]]]:

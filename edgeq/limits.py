@@ -4,12 +4,16 @@ Measured by kernels of our own; the best per machine, instruction set and thread
 beside the compiled kernels. `edgeq bench` shows speeds as a share of them.
 """
 
+import contextlib
 import math
+import statistics
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from time import perf_counter
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from edgeq import cpus, memory
 from edgeq.kernels import cache, load
@@ -17,11 +21,12 @@ from edgeq.kernels import isa as isas
 from edgeq.kernels.layout import DOT_CHAINS
 from edgeq.kernels.program import TEAM_KERNELS, Op, Program, Team, aligned
 
-__all__ = ["Limits", "measure", "measured"]
+__all__ = ["Limits", "measure", "measured", "sustained"]
 
-READ_BYTES = 1 << 28  # more than any cache
+READ_BYTES = 1 << 28  # more than the cache of any board
 DOT_STEPS = 1 << 21
 REPEATS = 5
+LONG_BYTES, LONG_REPEATS = 1 << 30, 11
 
 
 @dataclass(frozen=True)
@@ -38,33 +43,52 @@ def measure(threads: int, cores: int) -> Limits:
 
     cores: threads that can run at the same time.
     """
-    isa = isas.choose()
-    names = ("probe_read", "probe_dot", *TEAM_KERNELS)
-    addresses = load(names, isa)
-    team = Team(isa, threads, cores, home=cpus.find().home)
-    size = min(READ_BYTES, memory.available() // 8) // 4096 * 4096
+    products = threads * DOT_STEPS * DOT_CHAINS * isas.choose().WIDTH
+    with _programs(threads, cores, min(READ_BYTES, memory.available() // 8)) as (size, read, dot):
+        gbs = size / min(_times(read, REPEATS)) / 1e9
+        return Limits(threads, gbs, products / min(_times(dot, REPEATS)) / 1e9)
+
+
+def sustained(threads: int, cores: int) -> float:
+    """1e9 bytes per second that go on coming from memory: the median of runs over so many that also
+    the caches of a server hold little of them. Takes about a second.
+    """
+    with _programs(threads, cores, min(LONG_BYTES, memory.available() // 4)) as (size, read, _):
+        return size / statistics.median(_times(read, LONG_REPEATS)) / 1e9
+
+
+@contextlib.contextmanager
+def _programs(threads: int, cores: int, nbytes: int) -> Iterator[tuple[int, Program, Program]]:
+    """How many bytes are read, the program that reads them, and the one of products."""
+    addresses = load(("probe_read", "probe_dot", *TEAM_KERNELS), isas.choose())
+    size = nbytes // 4096 * 4096
     sums, source = aligned(64 * threads), aligned(size)
     source[:] = 1  # pages that were never written are all the same one
-    where = [int(source.ctypes.data), size, int(sums.ctypes.data)]
-    read = Program([Op("probe_read", np.array(where, np.int64))], addresses, team, threads)
-    steps = np.array([DOT_STEPS, where[0], where[2]], np.int64)
-    dot = Program([Op("probe_dot", steps)], addresses, team, threads)
+    start, out = int(source.ctypes.data), int(sums.ctypes.data)
+    ops = (
+        Op("probe_read", _words(start, size, out)),
+        Op("probe_dot", _words(DOT_STEPS, start, out)),
+    )
+    team = Team(isas.choose(), threads, cores, home=cpus.find().home)
     try:
-        seconds = _best(read)
-        products = threads * DOT_STEPS * DOT_CHAINS * isa.WIDTH
-        return Limits(threads, size / seconds / 1e9, products / _best(dot) / 1e9)
+        read, dot = (Program([op], addresses, team, threads) for op in ops)
+        yield size, read, dot
     finally:
         team.close()
 
 
-def _best(program: Program) -> float:
-    """Seconds of the fastest run."""
+def _words(*values: int) -> NDArray[np.int64]:
+    return np.array(values, np.int64)
+
+
+def _times(program: Program, repeats: int) -> list[float]:
+    """Seconds of each run."""
     times = []
-    for _ in range(REPEATS):
+    for _ in range(repeats):
         start = perf_counter()
         program.run()
         times.append(perf_counter() - start)
-    return min(times)
+    return times
 
 
 def measured(threads: int, cores: int, *, again: bool = False) -> Limits:

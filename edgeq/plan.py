@@ -15,7 +15,7 @@ from edgeq.errors import RequestError
 from edgeq.models.arch import Arch
 from edgeq.rates import Rates
 
-__all__ = ["CONTEXT", "Row", "Speed", "predict", "recommended", "rows"]
+__all__ = ["CONTEXT", "Efficiency", "Row", "Speed", "closest", "predict", "recommended", "rows"]
 
 CONTEXT = 4096  # positions, where the model was trained on so many and none are asked for
 PROMPT = 512  # tokens
@@ -26,6 +26,11 @@ ATTENTION_ROW, ATTENTION_TILE, VALUE = 1.4, 1.3, 40.0
 OP = 1.5e-6  # seconds to start an operation of a layer and meet the other threads
 OPS = 10  # operations of a layer
 GOOD = 0.004  # divergence of the example model up to which a loss is hard to notice
+
+
+# Of an engine that is not this one: its share of the bandwidth when it generates, and of the
+# machine's 8-bit dot products with prompts, None where that is not known.
+Efficiency = tuple[float, float | None]
 
 
 @dataclass(frozen=True)
@@ -41,7 +46,8 @@ class Row:
     """A file on a machine; None: not known."""
 
     file: File
-    ram: int | None  # bytes, with the context asked for
+    context: int | None  # positions that `ram` is for
+    ram: int | None  # bytes
     fits: bool
     largest: int | None  # positions that fit
     prefill: Speed | None
@@ -57,29 +63,34 @@ def rows(
     ctx: int | None = None,
     kv: tuple[str, str] = ("f16", "f16"),
     depth: int = 0,
-    efficiency: tuple[float, float] | None = None,
+    efficiency: Efficiency | None = None,
 ) -> list[Row]:
     """A row per file of a model. ram: bytes that it may take. depth: tokens in the cache when
     speed is predicted. efficiency: see `predict`.
 
-    Raises RequestError for a context that the model was not trained on.
+    Raises RequestError for a context that the model was not trained on, and a depth beyond it.
     """
     arch = blueprint.arch
     if arch is None:
-        return [Row(f, None, f.nbytes < ram, None, None, None) for f in blueprint.files]
+        return [Row(f, None, None, f.nbytes < ram, None, None, None) for f in blueprint.files]
     if ctx is not None and ctx > arch.context_length:
         raise RequestError(
             f"context {ctx}: {blueprint.name} was trained on {arch.context_length} positions: "
             f"use -c {arch.context_length} or less"
         )
     context = ctx or min(CONTEXT, arch.context_length)
+    if depth >= context:
+        raise RequestError(
+            f"depth {depth}: {blueprint.name} would have a context of {context} positions: "
+            f"use -d {context - 1} or less, or a larger -c"
+        )
     threads = rates.threads if rates else (1, 1)
     found = []
     for file in blueprint.files:
         need = file.ram(context, kv, threads, isa)
         largest = file.largest_context(ram, kv, threads, isa)
         speeds = predict(file, rates, kv, depth, efficiency) if rates else (None, None)
-        found.append(Row(file, need, need <= ram, largest, *speeds))
+        found.append(Row(file, context, need, need <= ram, largest, *speeds))
     return found
 
 
@@ -88,25 +99,28 @@ def predict(
     rates: Rates,
     kv: tuple[str, str] = ("f16", "f16"),
     depth: int = 0,
-    efficiency: tuple[float, float] | None = None,
+    efficiency: Efficiency | None = None,
 ) -> tuple[Speed | None, Speed]:
     """Speed of a prompt of PROMPT tokens and of generation, after `depth` tokens.
 
-    efficiency: of an engine that is not this one: its share of the bandwidth when it generates, and
-    of the machine's 8-bit dot products with prompts; then nothing else is counted.
+    With an efficiency nothing else is counted. Raises RequestError for one after a depth, which it
+    says nothing of.
     """
     if file.arch is None:
         raise RequestError(f"{file.recipe}: its architecture is not supported: no prediction")
     if efficiency is not None:
+        if depth:
+            raise RequestError(f"depth {depth}: shares of an engine say nothing of it: use -d 0")
         return _told(file, rates, efficiency)
     return _prefill(file, file.arch, rates, depth), _decode(file, file.arch, rates, kv, depth)
 
 
-def _told(file: File, rates: Rates, efficiency: tuple[float, float]) -> tuple[Speed | None, Speed]:
+def _told(file: File, rates: Rates, efficiency: Efficiency) -> tuple[Speed | None, Speed]:
     read = sum(m.rows * m.row_bytes for m in file.matrices) / 1e9
     macs = sum(m.rows * m.cols for m in file.matrices[:-1]) / 1e9
-    prefill = Speed(efficiency[1] * rates.dot / macs, "compute") if rates.dot else None
-    return prefill, Speed(efficiency[0] * rates.read / read, "memory")
+    decode, prefill = efficiency
+    prompt = Speed(prefill * rates.dot / macs, "compute") if prefill and rates.dot else None
+    return prompt, Speed(decode * rates.read / read, "memory")
 
 
 def _tile_seconds(file: File, rates: Rates) -> float | None:
@@ -168,12 +182,12 @@ def _values(arch: Arch) -> int:
 
 
 def recommended(found: Sequence[Row]) -> tuple[Row, str] | None:
-    """The row to take, and why; None when nothing fits.
+    """The row to take, and why; None when nothing fits, or the engine cannot run the model.
 
     Of those that fit: the smallest of which a loss is hard to notice; where none is that good, the
     one that loses least.
     """
-    fitting = [row for row in found if row.fits]
+    fitting = [row for row in found if row.fits and row.file.arch]
     known = [row for row in fitting if row.file.divergence is not None]
     good = [row for row in known if (row.file.divergence or 0.0) <= GOOD]
     if good:
@@ -183,6 +197,14 @@ def recommended(found: Sequence[Row]) -> tuple[Row, str] | None:
             "of those that fit the one that loses least"
         )
     return (min(fitting, key=_size), "it fits") if fitting else None
+
+
+def closest(found: Sequence[Row]) -> Row | None:
+    """Where nothing fits with the context asked for, the row that fits with the largest; None when
+    nothing fits with any.
+    """
+    row = max(found, key=lambda row: row.largest or 0, default=None)
+    return row if row and row.largest else None
 
 
 def _size(row: Row) -> int:

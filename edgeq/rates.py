@@ -13,7 +13,7 @@ from typing import Any
 
 from edgeq import blocks, cpus, devices, limits
 from edgeq.data import find, from_table, load_toml
-from edgeq.devices import Device
+from edgeq.devices import Device, Read
 from edgeq.errors import FormatError, RequestError
 from edgeq.kernels import cache, load
 from edgeq.kernels import isa as isas
@@ -25,14 +25,15 @@ __all__ = ["Rates", "measured", "of_device"]
 
 CACHED = 1 << 18  # bytes of a matrix that stays in a core's cache
 AGAIN = 16  # times that it is read in a run
-SECONDS = 0.1  # per kernel
+SECONDS, MORE_SECONDS = 0.1, 0.02  # per kernel: the first time, and later
 TOKENS, PANEL_ROWS = 128, 256
 # Of what memory is sold for, programs get about so much where nobody measured it.
 ATTAINABLE = 0.65
 # Of what a panel kernel does alone, from cache, several threads with a whole layer do so much.
 TOGETHER = 0.94
-# Of the dot products that a core can do, a panel kernel does about so many where nobody knows.
-PANEL_SHARE = 0.6
+# Of the dot products that a core can do, a panel kernel does about so many where nobody knows; one
+# of floats does so much less, and a row of floats in cache again: as devices/cores/ has them.
+PANEL_SHARE, FLOAT_SHARE, FLOAT_ROW = 0.6, 1 / 6, 1 / 16
 Progress = Callable[[str, int, int], None]
 
 
@@ -65,7 +66,7 @@ def of_device(device: Device, threads: tuple[int, int] | None = None) -> Rates:
     """Predicted rates of a device, whose files say how fast memory and cores are.
 
     threads: of generation, of prompts; by default those that do best. Raises RequestError for a
-    device of which too little is known.
+    device of which too little is known, and for more threads than it has cores.
 
     >>> of_device(devices.get("rpi5")).read
     13.23
@@ -75,25 +76,65 @@ def of_device(device: Device, threads: tuple[int, int] | None = None) -> Rates:
             f"device {device.id}: its file has no cores or no bandwidth: add them, or run "
             "`edgeq plan` there without --device"
         )
-    fast = device.cores[0]
+    there, fast = sum(kind.count for kind in device.cores), device.cores[0]
     few, many = threads or (
         device.decode_threads or fast.count,
         device.prefill_threads or fast.count,
     )
+    _at_most(max(few, many), there, device.name)
     limit = device.limit(few)
     assert limit is not None
     core = _core(fast.kind)
-    decoding, reading = min(few, fast.count) * fast.ghz, min(many, fast.count) * fast.ghz  # GHz
-    peak = max((dot.gmacs for dot in device.dot), default=0.0)
+    decoding, reading = min(few, fast.count), min(many, fast.count)  # cores at work
+    peak = max((dot.gmacs / (dot.threads or fast.count) for dot in device.dot), default=0.0)
     return Rates(
         (few, many),
         limit.gbs if limit.kind == "measured" else limit.gbs * ATTAINABLE,
-        {name: decoding * 256 / cycles for name, cycles in core.row.items()},
-        {name: reading * macs for name, macs in core.tile.items()}
-        or (dict.fromkeys(blocks.formats(), peak * PANEL_SHARE) if peak else {}),
-        peak,
-        f"memory {limit.kind}, kernels " + ("predicted" if core.row else "unknown"),
+        {name: decoding * fast.ghz * 256 / cycles for name, cycles in core.row.items()}
+        or _guessed_rows(peak * decoding),
+        {name: reading * fast.ghz * macs for name, macs in core.tile.items()}
+        or _guessed_tiles(peak * reading),
+        peak * reading,
+        f"{_said(limit)}; kernels {_known(core, peak)}",
     )
+
+
+def _at_most(threads: int, there: int, name: str) -> None:
+    if threads > there:
+        raise RequestError(f"threads = {threads}: {name} has {there} cores: use -t {there} or less")
+
+
+def _guessed_rows(peak: float) -> dict[str, float]:
+    """1e9 weights per second where only dot products are known: of floats, which attention and
+    small operations are priced by; other rows then wait for memory.
+    """
+    return dict.fromkeys(_floats(), peak * FLOAT_ROW) if peak else {}
+
+
+def _guessed_tiles(peak: float) -> dict[str, float]:
+    floats = _floats()
+    share = {name: FLOAT_SHARE if name in floats else 1.0 for name in blocks.formats()}
+    return {name: peak * PANEL_SHARE * part for name, part in share.items()} if peak else {}
+
+
+def _floats() -> list[str]:
+    return [name for name in blocks.formats() if blocks.get(name).value == "x"]
+
+
+def _said(read: Read) -> str:
+    """How a bandwidth is known.
+
+    >>> _said(devices.get("rpi4").read[0])
+    'measured: copy, 1 thread'
+    """
+    threads = "" if read.threads is None else f", {read.threads} thread{'s' * (read.threads > 1)}"
+    return f"{read.kind}: {read.how}{threads}" if read.kind == "measured" else read.kind
+
+
+def _known(core: Core, peak: float) -> str:
+    if core.row:
+        return "predicted"
+    return "guessed from dot products" if peak else "unknown"
 
 
 def _core(kind: str) -> Core:
@@ -111,30 +152,29 @@ def measured(
     formats: Iterable[str],
     threads: tuple[int, int] | None = None,
     progress: Progress | None = None,
-    *,
-    again: bool = False,
 ) -> Rates:
-    """Rates of this machine: kernels are measured once and remembered, memory anew, since others
-    may share it.
+    """Rates of this machine: of kernels the best that was ever measured, now or before, when it may
+    have been less busy; of memory what it gives now, since others may share it.
 
-    formats: those that matter. threads: of generation, of prompts; default the engine's. again:
-    forget what is remembered. progress(what, done, total) is called while it takes time.
+    formats: those that matter. threads: of generation, of prompts; default the engine's.
+    progress(what, done, total) is called while it takes time. Raises RequestError for more threads
+    than can run.
     """
     isa, machine = isas.choose(), cpus.find()
     few, many = threads or devices.threads(machine)
+    _at_most(max(few, many), machine.usable, "this machine")
     rates: dict[str, dict[str, float]] = {}
     wanted = sorted(set(formats))
     for kind, count, tokens in (("row", few, 1), ("tile", many, TOKENS)):
-        kept = {} if again else _sane(cache.recall(f"rates-{kind}", isa))
-        missing = [fmt for fmt in wanted if fmt not in kept]
-        if missing:
-            kept |= _probe(missing, isa, tokens, progress)
-            cache.remember(f"rates-{kind}", isa, kept)
-        share = min(count, machine.usable) * (1 if tokens == 1 else TOGETHER)
-        rates[kind] = {fmt: kept[fmt] * share for fmt in wanted}
-    limit = limits.measure(few, machine.usable)
-    dot = limits.measure(many, machine.usable).dot_gmacs if many != few else limit.dot_gmacs
-    return Rates((few, many), limit.read_gbs, rates["row"], rates["tile"], dot, "measured here")
+        kept = _sane(cache.recall(f"rates-{kind}", isa))
+        for name, rate in _probe({n: n in kept for n in wanted}, isa, tokens, progress).items():
+            kept[name] = max(rate, kept.get(name, 0.0))
+        cache.remember(f"rates-{kind}", isa, kept)
+        share = 1 if tokens == 1 else TOGETHER
+        rates[kind] = {fmt: kept[fmt] * count * share for fmt in wanted}
+    dot = limits.measure(many, machine.usable).dot_gmacs
+    read = limits.sustained(few, machine.usable)
+    return Rates((few, many), read, rates["row"], rates["tile"], dot, "measured here, now")
 
 
 def _sane(kept: dict[str, Any] | None) -> dict[str, float]:
@@ -147,32 +187,31 @@ def _sane(kept: dict[str, Any] | None) -> dict[str, float]:
 
 
 def _probe(
-    formats: list[str], isa: ModuleType, tokens: int, progress: Progress | None
+    formats: dict[str, bool], isa: ModuleType, tokens: int, progress: Progress | None
 ) -> dict[str, float]:
     """1e9 multiply-adds per second of one thread, by format: two that wait for each other could not
-    be told from a busy machine.
+    be told from a busy machine. formats: whether a rate is known, which is then measured shortly.
     """
     kind = "matmul" if tokens > 1 else "matvec"
     addresses = load([*(f"{kind}/{name}" for name in formats), *TEAM_KERNELS], isa, progress)
     team = Team(isa, 1, cpus.find().usable, home=cpus.find().home)
     try:
         found = {}
-        for i, name in enumerate(formats):
+        for i, (name, known) in enumerate(formats.items()):
             if progress:
                 progress(f"measuring {name}", i + 1, len(formats))
             fmt = blocks.get(name)
             rows = PANEL_ROWS if tokens > 1 else CACHED // blocks.row_bytes(fmt, COLS)
             again = 1 if tokens > 1 else AGAIN
-            found[name] = _best(
-                Products(fmt, isa, team, addresses, rows=rows, tokens=tokens, again=again)
-            )
+            products = Products(fmt, isa, team, addresses, rows=rows, tokens=tokens, again=again)
+            found[name] = _best(products, MORE_SECONDS if known else SECONDS)
         return found
     finally:
         team.close()
 
 
-def _best(products: Products) -> float:
-    ahead, best, end = Tuning().distance(products.format), math.inf, perf_counter() + SECONDS
+def _best(products: Products, seconds: float) -> float:
+    ahead, best, end = Tuning().distance(products.format), math.inf, perf_counter() + seconds
     while perf_counter() < end:  # other programs may hold up a run
         best = min(best, products.run(ahead=ahead, chunk=products.rows))
     return products.macs / best / 1e9

@@ -15,10 +15,11 @@ if TYPE_CHECKING:
     from types import ModuleType
 
     from edgeq.blueprint import Blueprint
-    from edgeq.plan import Row, Speed
+    from edgeq.plan import Efficiency, Row, Speed
     from edgeq.rates import Rates
 
 GIB = 1 << 30
+WIDEST = 200  # characters of a table
 
 
 @dataclass(frozen=True)
@@ -79,21 +80,20 @@ def command(
     _show_model(blueprint, place, options, as_json)
 
 
-def _shares(text: str | None) -> tuple[float, float] | None:
+def _shares(text: str | None) -> "Efficiency | None":
     """
     >>> _shares("0.88"), _shares("0.88,0.5")
-    ((0.88, 1.0), (0.88, 0.5))
+    ((0.88, None), (0.88, 0.5))
     """
     if text is None:
         return None
     try:
         shares = [float(part) for part in text.split(",")]
-        decode, prefill = (*shares, 1.0)[:2] if len(shares) == 1 else shares
     except ValueError:
         shares = []
-    if not shares or not all(0 < share <= 4 for share in shares):
+    if len(shares) not in (1, 2) or not all(0 < share <= 4 for share in shares):
         raise click.BadParameter(f"--efficiency {text}: expected shares such as 0.88 or 0.88,0.5")
-    return decode, prefill
+    return shares[0], shares[1] if len(shares) == 2 else None
 
 
 @contextmanager
@@ -145,27 +145,66 @@ def _show_model(
     found = rows(blueprint, place.rates, place.isa, place.ram, **options)
     best = recommended(found)
     if as_json:
-        click.echo(json.dumps(_document(blueprint, place, found, best), indent=1))
+        document = _model_record(blueprint) | _place_record(place, options)
+        document["rows"] = [_record(row) for row in found]
+        document["recommended"] = best and {"recipe": best[0].file.recipe, "reason": best[1]}
+        click.echo(json.dumps(document, indent=1))
         return
     if blueprint.problem:
         note(f"the engine cannot run it: {blueprint.problem}")
     if not blueprint.exact:
         note("the size of the vocabulary is guessed: it was not fetched")
     _print(_table_of(found, best))
-    click.echo(_machine_line(place))
-    click.echo("ctx: the most that fits. prompt, gen: tokens per second, limited by (gen) limit.")
-    click.echo("loss: KL divergence that the recipe costs the small example model.")
-    click.echo(_advice(blueprint, best))
+    lines = [*_machine_lines(place, options), *_legend(found, options), *_advice(found, best)]
+    click.echo(harmless("\n".join(lines)))
 
 
-def _advice(blueprint: "Blueprint", best: "tuple[Row, str] | None") -> str:
+def _legend(found: "list[Row]", options: dict[str, Any]) -> list[str]:
+    """What columns say, and why one is empty."""
+    lines = ["loss: KL divergence that such formats cost the small example model."]
+    if found[0].context is None:
+        return lines
+    before = f" after {options['depth']} others" * bool(options["depth"])
+    lines = [
+        f"RAM: with a context of {found[0].context} ({_kv(options)}). ctx: the most that fits.",
+        f"prompt, gen: tokens per second{before}, limited by (gen) limit.",
+        *lines,
+    ]
+    if not any(row.prefill for row in found):
+        lines += [f"prompt: empty, {_why_no_prompt(options)}."]
+    return lines
+
+
+def _why_no_prompt(options: dict[str, Any]) -> str:
+    if options["efficiency"] and options["efficiency"][1] is None:
+        return "--efficiency has no share of dot products"
+    return "nothing is known of the products that it can do: add `dot` to the device's file"
+
+
+def _kv(options: dict[str, Any]) -> str:
+    return "KV " + ",".join(dict.fromkeys(options["kv"]))
+
+
+def _advice(found: "list[Row]", best: "tuple[Row, str] | None") -> list[str]:
+    from edgeq.blueprint import AS_IS
+    from edgeq.plan import closest
+
+    if found[0].file.arch is None:
+        return ["No advice: the engine cannot run it."]
     if best is None:
-        return f"Nothing fits: {harmless(blueprint.name)} needs a machine with more memory."
+        near = closest(found)
+        if near is None:
+            return ["Nothing fits: it needs a machine with more memory."]
+        name = near.file.recipe
+        return [
+            f"With a context of {near.context} nothing fits: {name} fits with -c {near.largest}."
+        ]
     row, reason = best
-    lines = [f"Take {row.file.recipe}: {reason}."] if row.file.divergence is not None else []
+    what = f"it {AS_IS}" if row.file.recipe == AS_IS else row.file.recipe
+    lines = [f"Take {what}: {reason}."]
     if row.decode:
         lines += [f"It would generate {_rate(row.decode)} tokens/s, held up by {row.decode.limit}."]
-    return "\n".join(lines or ["It fits."])
+    return lines
 
 
 def _table_of(found: "list[Row]", best: "tuple[Row, str] | None") -> Any:
@@ -199,32 +238,41 @@ def _rate(speed: "Speed | None") -> str:
     return f"{speed.tokens:.0f}" if speed.tokens >= 100 else f"{speed.tokens:.3g}"
 
 
-def _machine_line(place: _Place) -> str:
+def _machine_lines(place: _Place, options: dict[str, Any]) -> list[str]:
     lines = [f"{place.name}: {human(max(place.ram, 0))} of memory for it"]
     if place.rates:
         few, many = place.rates.threads
-        counts = f"{few}" if few == many else f"{few} (prompts: {many})"
-        lines += [f"{place.rates.read:.3g} GB/s with {counts} threads; {place.rates.source}"]
-    return harmless("\n".join(lines))
+        counts = f"{few}" if few == many else f"{few}, prompts {many}"
+        lines += [f"{place.rates.read:.3g} GB/s {place.rates.source}; threads: {counts}"]
+    if options["efficiency"]:
+        decode, prefill = options["efficiency"]
+        prompts = "" if prefill is None else f", {prefill:.3g} of the dot products with prompts"
+        lines += [f"an engine that gets {decode:.3g} of the bandwidth{prompts}"]
+    return lines
 
 
-def _document(
-    blueprint: "Blueprint", place: _Place, found: "list[Row]", best: "tuple[Row, str] | None"
-) -> dict[str, Any]:
-    rates = place.rates
+def _model_record(blueprint: "Blueprint") -> dict[str, Any]:
     return {
         "model": blueprint.name,
         "problem": blueprint.problem or None,
         "sizes_exact": blueprint.exact,
         "trained_context": blueprint.arch.context_length if blueprint.arch else None,
+    }
+
+
+def _place_record(place: _Place, options: dict[str, Any]) -> dict[str, Any]:
+    rates = place.rates
+    return {
         "device": place.name,
         "available": place.ram,
         "threads": rates.threads[0] if rates else None,
         "threads_batch": rates.threads[1] if rates else None,
         "read_gbs": rates.read if rates else None,
         "source": rates.source if rates else None,
-        "rows": [_record(row) for row in found],
-        "recommended": best and {"recipe": best[0].file.recipe, "reason": best[1]},
+        "type_k": options["kv"][0],
+        "type_v": options["kv"][1],
+        "depth": options["depth"],
+        "efficiency": options["efficiency"],
     }
 
 
@@ -233,6 +281,7 @@ def _record(row: "Row") -> dict[str, Any]:
         "recipe": row.file.recipe,
         "bytes": row.file.nbytes,
         "bits_per_weight": round(row.file.bits_per_weight, 4),
+        "context": row.context,
         "ram": row.ram,
         "fits": row.fits,
         "largest_context": row.largest,
@@ -246,27 +295,39 @@ def _record(row: "Row") -> dict[str, Any]:
 
 # -- all sizes -------------------------------------------------------------------------------------
 def _sizes(device: str | None, threads: int | None, options: dict[str, Any], as_json: bool) -> None:
+    from edgeq.errors import RequestError
     from edgeq.plan import CONTEXT, rows
     from edgeq.sizes import MIXTURES, blueprints
 
-    plans = blueprints()
+    plans, wanted = blueprints(), options["ctx"] or CONTEXT
+    most = max(plan.arch.context_length for plan in plans if plan.arch)
+    if wanted > most:
+        raise RequestError(f"context {wanted}: of these sizes none has more than {most} positions")
     with _status() as status:
         place = _place(device, threads, plans, status)
-    wanted = options["ctx"] or CONTEXT
     found = {}
     for plan in plans:
-        options["ctx"] = min(wanted, plan.arch.context_length) if plan.arch else wanted
-        found[plan.name] = rows(plan, place.rates, place.isa, place.ram, **options)
+        assert plan.arch is not None
+        own = options | {"ctx": min(wanted, plan.arch.context_length)}
+        found[plan.name] = rows(plan, place.rates, place.isa, place.ram, **own)
     if as_json:
         records = [{"size": name, **_record(row)} for name, some in found.items() for row in some]
-        click.echo(json.dumps({"device": place.name, "available": place.ram, "rows": records}))
+        click.echo(json.dumps(_place_record(place, options) | {"rows": records}))
         return
     table = _table("size", *MIXTURES)
     for name, some in found.items():
         table.add_row(name, *(_cell(row) for row in some))
     _print(table)
-    click.echo(_machine_line(place))
-    click.echo(f"RAM in GiB with a context of {wanted}, tokens generated per second (-: too large)")
+    used = {name: some[0].context for name, some in found.items()}
+    less = ", ".join(f"{name}: {context}" for name, context in used.items() if context != wanted)
+    context = f"{wanted} ({less})" if less else f"{wanted}"
+    before = f" after {options['depth']} others" * bool(options["depth"])
+    lines = [
+        *_machine_lines(place, options),
+        f"GiB of RAM with a context of {context}, {_kv(options)};",
+        f"tokens generated per second{before} (-: too large)",
+    ]
+    click.echo(harmless("\n".join(lines)))
 
 
 def _cell(row: "Row") -> str:
@@ -288,6 +349,7 @@ def _table(*columns: str) -> Any:
 
 
 def _print(table: Any) -> None:
+    """As wide as it is: a terminal wraps lines, but does not cut numbers."""
     from rich.console import Console
 
-    Console(width=None if is_terminal(sys.stdout) else 80).print(table)
+    Console(width=WIDEST).print(table)
