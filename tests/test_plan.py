@@ -12,14 +12,16 @@ import pytest
 from click.testing import CliRunner, Result
 
 import edgeq
-from edgeq import cli, devices, limits, plan, rates
+from edgeq import cli, devices, limits, loss, plan, rates
 from edgeq.blueprint import AS_IS, Blueprint, read
-from edgeq.errors import RequestError
+from edgeq.errors import FormatError, RequestError
+from edgeq.gguf import GgufWriter, open_gguf
 from edgeq.kernels import cache
 from edgeq.kernels import isa as isas
 from edgeq.limits import Limits
 from edgeq.rates import Rates
-from edgeq.sizes import blueprints
+from edgeq.recipe import Model, Recipe
+from edgeq.sizes import MIXTURES, blueprints
 
 EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "tiny-home"
 F16 = ("f16", "f16")
@@ -45,9 +47,12 @@ def test_sizes_are_what_convert_writes(recipe: str, example: Blueprint, tmp_path
     if recipe == "F16":  # from which the others can be made
         assert {f.recipe: f.nbytes for f in again.files}.keys() == {f.recipe for f in example.files}
     else:
-        [kept] = again.files
-        assert (kept.recipe, kept.nbytes) == (AS_IS, file.nbytes)
+        [kept] = [f for f in again.files if f.recipe == AS_IS]
+        assert (kept.nbytes, kept.divergence) == (file.nbytes, file.divergence)
         assert kept.bits_per_weight == pytest.approx(file.bits_per_weight)
+        # Beside it, what other recipes would make, but not the same again.
+        others = {f.recipe: f.nbytes for f in again.files if f is not kept}
+        assert others == {f.recipe: f.nbytes for f in example.files if f is not file}
 
 
 def test_more_bits_lose_less(example: Blueprint) -> None:
@@ -59,6 +64,34 @@ def test_more_bits_lose_less(example: Blueprint) -> None:
     for small, large in itertools.pairwise(order):
         assert (small.divergence or 0) > (large.divergence or 0) > 0
         assert small.bits_per_weight < large.bits_per_weight
+
+
+def test_the_loss_is_that_of_the_formats() -> None:
+    """Rows of 2048 weights lose what the recipe says; rows of 576 cannot have its formats."""
+    short, long = blueprints()[0], blueprints()[3]
+    told = {name: Recipe.load(name).divergence for name in MIXTURES}
+    assert {file.recipe: file.divergence for file in long.files} == told
+    small = {file.recipe: file.divergence or 0 for file in short.files}
+    assert small["Q8_0"] == told["Q8_0"]
+    for name in ("Q2_K", "Q3_K_M", "Q4_K_M", "Q6_K"):  # which get more bits there
+        assert 0 < small[name] < 0.7 * (told[name] or 0), name
+    assert max(small["Q2_K"], small["Q3_K_M"]) < (told["Q3_K_M"] or 0)
+    isa = isas.modules()["dotprod"]
+    ram = max(file.ram(2048, F16, PI5.threads, isa) for file in short.files)
+    best = plan.recommended(plan.rows(short, PI5, isa, ram, ctx=2048))
+    assert best is not None
+    assert best[0].file.recipe == "Q4_K_M"
+
+
+def test_a_mixture_of_no_recipe_loses_what_its_formats_do() -> None:
+    shapes = {"a.weight": (64, 256), "b.weight": (64, 256)}
+    mine, model = Recipe("Mine", 0, "Q8_0", ""), Model(1, 1, 1)
+    named = [loss.expected(mine, shapes, dict.fromkeys(shapes, f), model) for f in ("Q8_0", "Q4_0")]
+    assert named == [Recipe.load("Q8_0").divergence, Recipe.load("Q4_0").divergence]
+    both = loss.expected(mine, shapes, {"a.weight": "Q8_0", "b.weight": "Q4_0"}, model)
+    assert both == pytest.approx(sum(value or 0 for value in named) / 2)
+    assert loss.expected(mine, shapes, dict.fromkeys(shapes, "F16"), model) == 0
+    assert loss.expected(mine, shapes, dict.fromkeys(shapes, "Q9"), model) is None
 
 
 # -- memory ----------------------------------------------------------------------------------------
@@ -128,6 +161,12 @@ def test_measured_speeds_are_predicted() -> None:
 def test_the_page_shows_what_is_predicted(capsys: pytest.CaptureFixture[str]) -> None:
     published.main()
     page = (EXAMPLE.parents[1] / "docs/devices.md").read_text()
+    shown = planned("--device", "rpi5-8gb").stdout.strip("\n").splitlines()
+    block = "\n".join(
+        ["```console", "$ edgeq plan --device rpi5-8gb", *map(str.rstrip, shown), "```"]
+    )
+    assert block in page
+    assert block in (EXAMPLE.parents[1] / "README.md").read_text()
     assert set(capsys.readouterr().out.splitlines()) <= set(page.splitlines())
     assert all(f"`{device.id}`" in page for device in devices.every())
 
@@ -160,28 +199,55 @@ def test_rates_of_a_device_come_from_its_files() -> None:
     known = devices.get("laptop-avx2")
     assert rates.of_device(known).read == pytest.approx(known.read[0].gbs * rates.ATTAINABLE)
     assert "theoretical" in rates.of_device(known).source
+    assert "copy, 1 thread;" in rates.of_device(devices.get("rpi4")).source
     with pytest.raises(RequestError, match="no cores or no bandwidth"):
         rates.of_device(devices.get("generic"))
 
 
-def test_rates_of_this_machine_are_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("device", [d.id for d in devices.every() if d.cores])
+def test_every_device_has_a_speed_of_prompts(device: str) -> None:
+    """Floats are multiplied slower than bytes, by the core's file or by a guess."""
+    found = rates.of_device(devices.get(device))
+    assert 0 < found.tile["F16"] < found.tile["Q8_0"] / 2
+    assert 0 < found.row["F16"] < found.tile["Q8_0"]
+    assert found.dot == pytest.approx(sum(dot.gmacs for dot in devices.get(device).dot))
+
+
+def test_fewer_threads_multiply_less() -> None:
+    one, four = (rates.of_device(devices.get("n100"), (n, n)) for n in (1, 4))
+    assert 4 * one.tile["Q4_K"] == pytest.approx(four.tile["Q4_K"])
+    assert 4 * one.dot == pytest.approx(four.dot)
+
+
+def test_of_kernels_the_best_measured_rate_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine that was busy the first time, and one that is busy now."""
     kept: dict[str, dict[str, float]] = {}
     monkeypatch.setattr(cache, "recall", lambda name, isa: kept.get(name))
     monkeypatch.setattr(cache, "remember", lambda name, isa, values: kept.update({name: values}))
     monkeypatch.setattr(limits, "measure", lambda threads, cores: Limits(threads, 7.0, 9.0))
+    monkeypatch.setattr(limits, "sustained", lambda threads, cores: 6.0)
     monkeypatch.setattr(rates, "SECONDS", 0.005)
+    monkeypatch.setattr(rates, "MORE_SECONDS", 0.005)
     said: list[str] = []
     found = rates.measured(["Q8_0", "F16"], (1, 1), lambda what, *_: said.append(what))
-    assert (found.read, found.dot, set(found.row)) == (7.0, 9.0, {"Q8_0", "F16"})
+    assert (found.read, found.dot, set(found.row)) == (6.0, 9.0, {"Q8_0", "F16"})
     assert said[-1] == "measuring Q8_0"
     assert min(*found.row.values(), *found.tile.values()) > 0.01
-    kept["rates-row"]["Q8_0"] = float("nan")  # a damaged entry
-    kept["rates-row"]["F16"] = 5.0
-    said.clear()
-    again = rates.measured(["Q8_0", "F16"], (1, 1), lambda what, *_: said.append(what))
-    assert said == [word for word in said if "F16" not in word]
-    assert again.row["F16"] == 5.0
-    assert again.row["Q8_0"] > 0
+    kept["rates-row"] = {"Q8_0": float("nan"), "F16": 1e-3}  # damaged; while it was busy
+    kept["rates-tile"]["F16"] = 1e9  # more than it can do now
+    again = rates.measured(["Q8_0", "F16"], (1, 1))
+    assert min(again.row["F16"], again.row["Q8_0"]) > 0.01
+    assert again.tile["F16"] == 1e9 * rates.TOGETHER
+    assert kept["rates-row"]["F16"] == again.row["F16"]
+    with pytest.raises(RequestError, match="threads = 200: this machine has"):
+        rates.measured(["F16"], (200, 200))
+
+
+def test_what_goes_on_coming_from_memory_is_a_median(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A burst from a cache does not count."""
+    monkeypatch.setattr(limits, "LONG_BYTES", 1 << 20)
+    monkeypatch.setattr(limits, "_times", lambda program, repeats: [1e-9, 1e-3, 1e-3, 5.0])
+    assert limits.sustained(1, 2) == pytest.approx((1 << 20) / 1e-3 / 1e9)
 
 
 # -- advice ----------------------------------------------------------------------------------------
@@ -197,7 +263,18 @@ def test_advice_is_the_smallest_good_one_that_fits(example: Blueprint) -> None:
     worse = plan.recommended(plan.rows(example, PI5, isa, ram))
     assert worse is not None
     assert worse[0].file.recipe == "Q3_K_M"
-    assert plan.recommended(plan.rows(example, PI5, isa, 1 << 20)) is None
+    nothing = plan.rows(example, PI5, isa, 1 << 20)
+    assert plan.recommended(nothing) is None
+    assert plan.closest(nothing) is None
+    # With a smaller context something would.
+    small = blueprints()[0].files[-1]
+    ram = small.ram(1024, F16, PI5.threads, isa)
+    rows = plan.rows(blueprints()[0], PI5, isa, ram, ctx=8192)
+    assert plan.recommended(rows) is None
+    near = plan.closest(rows)
+    assert near is not None
+    assert near.file == small
+    assert 1024 - 32 <= (near.largest or 0) <= 1024
 
 
 def test_a_plan_is_shown(tmp_path: Path) -> None:
@@ -210,6 +287,61 @@ def test_a_plan_is_shown(tmp_path: Path) -> None:
     assert found["recommended"]["recipe"] == "Q4_K_M"
     assert (found["threads"], found["threads_batch"], found["read_gbs"]) == (2, 4, 13.23)
     assert {"recipe", "bytes", "ram", "fits", "largest_context", "decode"} <= set(found["rows"][0])
+    assert (found["type_k"], found["depth"], found["rows"][0]["context"]) == ("f16", 0, 256)
+    assert "RAM: with a context of 256 (KV f16)" in shown.stdout
+    deep = planned(
+        str(EXAMPLE), "--device", "rpi5-8gb", "-d", "200", "-c", "224", "--kv", "q8_0,f16"
+    )
+    assert "RAM: with a context of 224 (KV q8_0,f16)" in deep.stdout
+    assert "tokens per second after 200 others" in deep.stdout
+
+
+def test_numbers_are_never_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    for wide in ("", "20"):
+        monkeypatch.setenv("COLUMNS", wide)
+        monkeypatch.setattr("edgeq.cli.plan.is_terminal", lambda stream: True)
+        shown = planned(str(EXAMPLE), "--device", "rpi5-8gb").stdout
+        numbers = [line.split()[-3:] for line in shown.splitlines() if "F16" in line]
+        assert len(numbers) == 2
+        assert all(float(line[0]) > 100 and line[1] == "memory" for line in numbers), shown
+
+
+def test_another_engine_is_told_by_its_shares() -> None:
+    one = planned(str(EXAMPLE), "--device", "rpi5-8gb", "--efficiency", "0.88")
+    assert "an engine that gets 0.88 of the bandwidth\n" in one.stdout
+    assert "prompt: empty, --efficiency has no share of dot products" in one.stdout
+    found = [
+        json.loads(planned(str(EXAMPLE), "--device", "rpi5", "--json", "--efficiency", e).stdout)
+        for e in ("0.88", "0.88,0.5", "0.44,0.25")
+    ]
+    assert found[0]["efficiency"] == [0.88, None]
+    rows = [document["rows"][0] for document in found]
+    assert rows[0]["prefill"] is None
+    assert rows[1]["prefill"] == pytest.approx(2 * rows[2]["prefill"])
+    assert rows[1]["decode"] == pytest.approx(2 * rows[2]["decode"])
+
+
+def test_where_nothing_is_known_a_line_says_so(tmp_path: Path) -> None:
+    text = (EXAMPLE.parents[1] / "devices/n100.toml").read_text()
+    board = tmp_path / "board.toml"
+    board.write_text("".join(x for x in text.splitlines(True) if not x.startswith("dot")))
+    shown = planned(str(EXAMPLE), "--device", str(board)).stdout
+    assert "prompt: empty, nothing is known of the products" in shown
+    assert "add `dot` to the device's file" in shown
+
+
+def test_nothing_fits_but_with_less_context(tmp_path: Path) -> None:
+    text = (EXAMPLE.parents[1] / "devices/n100.toml").read_text()
+    board = tmp_path / "board.toml"
+    board.write_text(re.sub("ram_gib = .*", "ram_gib = [0.03]", text).replace("1500", "1"))
+    assert planned(str(EXAMPLE), "--device", str(board)).stdout.splitlines()[-1] == (
+        "Nothing fits: it needs a machine with more memory."
+    )
+    rows = read(EXAMPLE).files
+    need = rows[0].ram(64, F16, (4, 4), isas.modules()["avxvnni"]) / (1 << 30) + 1 / 1024
+    board.write_text(re.sub("ram_gib = .*", f"ram_gib = [{need}]", text).replace("1500", "1"))
+    last = planned(str(EXAMPLE), "--device", str(board)).stdout.splitlines()[-1]
+    assert last == "With a context of 256 nothing fits: Q2_K fits with -c 64."
 
 
 def test_without_a_device_it_is_about_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -232,6 +364,11 @@ def test_sizes_that_could_run_are_shown() -> None:
     small = json.loads(planned("--device", "rpizero2w", "--json", "-c", "512").stdout)["rows"]
     fit = [row["size"] for row in small if row["fits"] and row["recipe"] == "Q4_K_M"]
     assert fit == ["135M", "360M"]
+    # What a model was trained on is not exceeded, and the last line says it.
+    wide = planned("--device", "rpi5-8gb", "-c", "9000")
+    assert "RAM with a context of 9000 (135M: 8192, 360M: 8192), KV f16" in wide.stdout
+    rows = json.loads(planned("--device", "rpi5-8gb", "-c", "9000", "--json").stdout)["rows"]
+    assert {row["context"] for row in rows if row["size"] in ("135M", "1B")} == {8192, 9000}
 
 
 def test_what_cannot_be_planned_is_said_in_one_line(tmp_path: Path) -> None:
@@ -242,6 +379,12 @@ def test_what_cannot_be_planned_is_said_in_one_line(tmp_path: Path) -> None:
         ([str(EXAMPLE), "--device", "generic"], "device generic: "),
         ([str(EXAMPLE), "--device", "rpi5", "--efficiency", "x"], "expected shares such as"),
         ([str(EXAMPLE), "--device", "rpi5", "--efficiency", "0,1"], "expected shares such as"),
+        ([str(EXAMPLE), "--device", "rpi5", "--efficiency", "1,1,1"], "expected shares such as"),
+        ([str(EXAMPLE), "--device", "rpi5", "--efficiency", "1", "-d", "9"], "depth 9: shares of"),
+        ([str(EXAMPLE), "--device", "rpi5", "-d", "256"], "use -d 255 or less, or a larger -c"),
+        (["--device", "rpi5", "-d", "99999999"], "135M would have a context of 4096 positions"),
+        (["--device", "rpi5", "-c", "9" * 23], "none has more than 131072 positions"),
+        (["--device", "rpi5", "-t", "5"], "threads = 5: Raspberry Pi 5 has 4 cores: use -t 4"),
         ([str(tmp_path / "none.gguf")], "no such file"),
     ):
         shown = planned(*args)
@@ -261,3 +404,16 @@ def test_a_model_that_the_engine_cannot_run_still_has_sizes(tmp_path: Path) -> N
     assert shown.exit_code == 0
     assert "the engine cannot run it: architecture 'mamba'" in shown.stderr
     assert "4.5 MiB" in shown.stdout
+    assert shown.stdout.splitlines()[-1] == "No advice: the engine cannot run it."
+    assert "Take" not in shown.stdout
+    assert (
+        json.loads(planned(str(made), "--device", "rpi5", "--json").stdout)["recommended"] is None
+    )
+
+
+def test_a_file_without_tensors_is_refused(tmp_path: Path) -> None:
+    made = edgeq.convert(EXAMPLE, tmp_path / "m.gguf", "Q8_0", method="rtn")
+    with open_gguf(made) as gguf, GgufWriter(tmp_path / "v.gguf", gguf.typed_metadata(), []):
+        pass
+    with pytest.raises(FormatError, match=r"v\.gguf: no tensors"):
+        read(tmp_path / "v.gguf")

@@ -80,6 +80,7 @@ LAYERS = [
         "doctor",
         "hub",
         "limits",
+        "loss",
         "plan",
         "rates",
         "sizes",

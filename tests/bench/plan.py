@@ -1,4 +1,4 @@
-"""What `edgeq plan` predicts for this machine beside what `edgeq bench` measures, one after the other:
+"""What `edgeq plan` predicts for this machine, and what `edgeq bench` measures right after:
 python tests/bench/plan.py FILE.gguf... [--rounds N]
 """
 
