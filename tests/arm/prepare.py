@@ -2,8 +2,9 @@
 """Prepare an emulated 64-bit Arm Debian with Python and edgeq's dependencies; print its folder.
 
 It is kept in the user's cache folder and made once for each state of this file and of
-pyproject.toml; to free the disk, delete `edgeq-arm` there. Needs Debian (apt-get, dpkg-deb), pip
-and their network, no rights and no chroot: packages are only unpacked.
+pyproject.toml, and what other states left unused is removed; to free the disk, delete `edgeq-arm`
+there. Needs Debian (apt-get, dpkg-deb), pip and their network, no rights and no chroot: packages
+are only unpacked.
 
 In it, `venv/bin/python` is an Arm Python that a program of this machine can start like any other:
 a script that calls the emulator. So what runs there can start `sys.executable` as usual. QEMU_CPU
@@ -17,6 +18,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 import tomllib
 from pathlib import Path
 
@@ -26,6 +28,7 @@ TESTS = ("hypothesis", "pytest")  # of the development extras
 PLATFORMS = [f"manylinux_2_{minor}_aarch64" for minor in (17, 26, 27, 28)] + [
     "manylinux2014_aarch64"
 ]
+DAY = 24 * 3600  # seconds
 EMULATOR = "usr/bin/qemu-aarch64-static"  # a link to one without -static since Debian 13
 
 APT = """
@@ -61,7 +64,16 @@ def main() -> None:
             except OSError:
                 if not place.exists():  # otherwise somebody else was faster
                     raise
+        forget(place)
+    os.utime(place)
     print(place)
+
+
+def forget(place: Path) -> None:
+    """Remove what was made for other states of those files, unless it was used in the last day."""
+    for old in place.parent.iterdir():
+        if old != place and time.time() - old.stat().st_mtime > DAY:
+            shutil.rmtree(old, ignore_errors=True)
 
 
 def check() -> None:
