@@ -1,5 +1,6 @@
 """What a start that compiles nothing imports and holds: a board with 512 MB must have room."""
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -16,6 +17,7 @@ from edgeq.kernels import isa as isas
 
 ROOT = Path(__file__).resolve().parents[1]
 MOST = 80 << 20  # bytes beside file and KV cache: Python, NumPy, the vocabulary, buffers
+LIMIT, MODEL = 400_000_000, 105_000_000  # bytes: all there is; a model's file
 
 ANSWER = """
 import json, sys, edgeq
@@ -40,6 +42,26 @@ def test_a_warm_start_is_small(tmp_path: Path) -> None:
     heavy = {"numba", "llvmlite.binding", "importlib.metadata", "rich", "prompt_toolkit", "gguf"}
     assert not heavy & set(modules)
     assert peak - path.stat().st_size - kv < MOST
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_compiling_is_small(tmp_path: Path) -> None:
+    """The first start on a board: a compiler has what an engine before its KV cache leaves."""
+    spec = importlib.util.spec_from_file_location("lowmemory", ROOT / "tests/bench/lowmemory.py")
+    assert spec is not None
+    assert spec.loader is not None
+    lowmemory = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(lowmemory)
+    isa = isas.choose()
+    name = "attend/2.q4_0.q8_0"  # one of the largest
+    command = [sys.executable, "-m", "edgeq.kernels.compile", str(tmp_path), name]
+    cpu, features = isas.target(isa)
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "EDGEQ_ISA": isa.NAME}
+    env |= {"NUMBA_CPU_NAME": cpu, "NUMBA_CPU_FEATURES": features}
+    found = lowmemory.measure(command, env, LIMIT)
+    assert found["code"] == 0, found["said"]
+    assert len(list(tmp_path.glob("*.o"))) == 1
+    assert 50_000_000 < found["peak"] < LIMIT - MODEL - MOST  # the lower one: it was seen at work
 
 
 @pytest.mark.parametrize(("free", "children"), [(400 << 20, 1), (4 << 30, 2)])

@@ -33,6 +33,8 @@ __all__ = ["Op", "Program", "Team", "aligned", "arguments"]
 # busy loops on two cores: 2 tokens/s with 100 spins, 6 with 1000, 20 with 10000; 45 alone.
 BARRIER_SPINS = 10_000
 TEAM_KERNELS = ("walk", "lead", "serve")
+STACK = 1 << 20  # bytes for a worker: a kernel's frame is at most a few KiB. Less than a huge page,
+# which Linux before 6.7 may put under the first byte that a thread touches of the usual 8 MiB.
 IDLE_SPINS = 20_000  # about half a millisecond between two tokens, then sleep
 
 
@@ -148,8 +150,12 @@ class Team:
             threading.Thread(target=self._work, args=(i,), name=f"edgeq-{i}", daemon=True)
             for i in range(1, threads)
         ]
-        for worker in self._workers:
-            worker.start()
+        before = threading.stack_size(STACK)
+        try:
+            for worker in self._workers:
+                worker.start()
+        finally:
+            threading.stack_size(before)
 
     def spins(self, threads: int) -> int:
         """How long threads of a program spin at a barrier before they yield: not at all where there

@@ -6,9 +6,9 @@ prompt through llama-cpp-python, of interpreter PYTHON. Each is run as a user wo
 processes it starts count: `peak` is the largest sum of their memory at one time, pages that they
 share counted once (PSS); `processes` the largest peaks of single ones (RSS).
 
-Where this process may make memory cgroups (version 1: as root), each runs in one of LIMIT MB, no
-swap, in which pages of files count as well: passing it proves that a board with little more
-is enough.
+Where this process may make memory cgroups (as root; version 1 or 2), each runs in one of LIMIT MB,
+no swap, in which pages of files count as well: passing it proves that a board with little more is
+enough.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from pathlib import Path
 import psutil
 
 PROMPT, PREDICT = "once upon a time there was a model that fitted into a small board ", 32
-CGROUP = Path("/sys/fs/cgroup/memory")
+CGROUPS = Path("/sys/fs/cgroup")
 MB = 1_000_000
 LLAMA = """
 import sys, llama_cpp
@@ -38,17 +38,27 @@ print(model(prompt, max_tokens=int(n), temperature=0)["choices"][0]["text"])
 @contextlib.contextmanager
 def cage(limit: int) -> Iterator[Path | None]:
     """A memory cgroup of `limit` bytes, where one can be made."""
-    place = CGROUP / f"edgeq-{os.getpid()}"
+    if (CGROUPS / "cgroup.controllers").exists():  # version 2, where swap is counted apart
+        place, most, swap = CGROUPS, "memory.max", ("memory.swap.max", 0)
+    else:
+        place, most, swap = (
+            CGROUPS / "memory",
+            "memory.limit_in_bytes",
+            ("memory.memsw.limit_in_bytes", limit),
+        )
+    place /= f"edgeq-{os.getpid()}"
     try:
         place.mkdir()
     except OSError:
         yield None
         return
     try:
-        (place / "memory.limit_in_bytes").write_text(str(limit))
-        with contextlib.suppress(OSError):  # a kernel without accounting of swap
-            (place / "memory.memsw.limit_in_bytes").write_text(str(limit))
-        yield place
+        limited = (place / most).exists()  # else this controller is not on in this tree
+        if limited:
+            (place / most).write_text(str(limit))
+            with contextlib.suppress(OSError):  # a kernel without accounting of swap
+                (place / swap[0]).write_text(str(swap[1]))
+        yield place if limited else None
     finally:
         place.rmdir()
 
