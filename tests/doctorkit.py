@@ -1,13 +1,13 @@
 """What the doctor says of a machine of which only files are here."""
 
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 from machines import tool
 
 from edgeq.doctor import Finding, System, examine
+from edgeq.kernels import isa as isas
 from edgeq.sensors.tool import Tool
 
 SILENT = tool()
@@ -22,7 +22,5 @@ def look(root: Path, said: Tool = SILENT, **more: Any) -> dict[str, Finding]:
 
 
 def runs(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
-    found = [ModuleType(name) for name in names]
-    for module in found:
-        module.NAME = module.__name__
+    found = [isas.modules()[name] for name in names]
     monkeypatch.setattr("edgeq.kernels.isa.available", lambda: found)
