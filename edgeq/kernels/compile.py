@@ -18,7 +18,7 @@ from typing import Any
 
 from numba import cfunc
 
-from edgeq import blocks
+from edgeq import blocks, memory
 from edgeq.errors import KernelError
 from edgeq.kernels import activations, attention, cache, matmul, probe, rope, sync
 from edgeq.kernels import isa as isas
@@ -26,6 +26,7 @@ from edgeq.kernels.words import SIGNATURE
 
 __all__ = ["body", "compile_kernel"]
 
+SHORT = 1 << 30  # bytes of free memory below which no kernel may leave anything behind
 PR_SET_PDEATHSIG = 1  # of prctl(2): the signal that a process gets when its parent dies
 
 
@@ -78,8 +79,9 @@ def main(folder: str, *names: str) -> None:
     """Compile kernels into a folder of the cache."""
     isa = isas.choose()
     cfunc(SIGNATURE)(_nothing)  # what every compilation needs is there before the first fork
+    do = _apart if sys.platform == "linux" and memory.available() < SHORT else _here
     for name in names:
-        _apart(partial(_store, Path(folder), name, isa))
+        do(partial(_store, Path(folder), name, isa))
         print(name, flush=True)
 
 
@@ -91,13 +93,14 @@ def _nothing(args, thread, threads):
     pass
 
 
+def _here(work: Callable[[], None]) -> None:
+    work()
+
+
 def _apart(work: Callable[[], None]) -> None:
-    """Do it in a forked process, where there are such (Linux): LLVM and Numba keep some 10 MB of
-    every kernel, too much in the end for a board with 512 MB.
+    """Do it in a forked process: LLVM and Numba keep some 10 MB of every kernel, too much in the
+    end for a board with 512 MB.
     """
-    if sys.platform != "linux":
-        work()
-        return
     parent, child = os.getpid(), os.fork()
     if child:
         code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
