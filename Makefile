@@ -50,7 +50,7 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-demo/tinyllama-%.gguf: tests/bench/tinyllama.py $(VENV)/.installed
+demo/tinyllama-%.gguf: tests/bench/tinyllama.py tests/bench/randomllama.py $(VENV)/.installed
 	@mkdir -p $(@D)
 	$(BIN)/python tests/bench/tinyllama.py $@ $*
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 from numba import njit
-from tinyllama import random_tensor
+from randomllama import random_tensor
 
 from edgeq import blocks, cpus, kernels, limits
 from edgeq.kernels import isa as isas
