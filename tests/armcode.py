@@ -16,7 +16,7 @@ import kernelkit as kit
 from edgeq import blocks
 from edgeq.kernels import isa as isas
 from edgeq.kernels.dot import Column, Reader, row_dots
-from edgeq.kernels.llvm import F32, Emit, Value, vector
+from edgeq.kernels.llvm import Emit, Value
 from edgeq.kernels.panel import quant_panel
 from edgeq.kernels.tile import float_panel, float_tile, quant_tile
 
@@ -72,9 +72,7 @@ def tile_assembly(name: str, cpu: str) -> str:
         quant_tile(e, fmt, *map(e.pointer, given), cols, e.pointer(out))
 
     def plain(e: Emit, panel: Value, x: Value, cols: Value, out: Value) -> None:
-        width, columns = e.isa.WIDTH, e.isa.TILE_COLS
-        places = e.pointer(panel), width, e.pointer(x), 4, 4096, cols, e.pointer(out), width
-        float_tile(e, lambda p, n: e.load(vector(F32, n), p), *places, columns=columns)
+        float_tile(e, e.pointer(panel), e.pointer(x), 4096, cols, e.pointer(out))
 
     return assembly(plain, "iiii", cpu) if fmt.value == "x" else assembly(quantized, "i" * 8, cpu)
 

@@ -13,7 +13,7 @@ from edgeq import blocks
 from edgeq.kernels import isa as isas
 from edgeq.kernels import layout
 from edgeq.kernels.dot import Column, Reader, row_dots
-from edgeq.kernels.llvm import F32, Emit, Value, vector
+from edgeq.kernels.llvm import Emit, Value
 from edgeq.kernels.panel import lanes_of, quant_panel
 from edgeq.kernels.tile import float_panel, float_tile, quant_tile
 
@@ -75,15 +75,8 @@ def _panel_product(e: Emit, fmt: blocks.BlockFormat, *args: Value) -> None:
         quant_panel(e, fmt, w, stride, rows, cols, panel, a, b, buf)
         quant_tile(e, fmt, panel, a, b, x, xd, xs, cols, out)
         return
-    lanes = e.isa.WIDTH // 4
-    column = e.b.mul(cols, e.i64(4))
-
-    def read(p: Value, n: int) -> Value:
-        return e.load(vector(F32, n), p)
-
     float_panel(e, fmt, w, stride, rows, cols, panel)
-    shape = {"columns": e.isa.TILE_COLS}
-    float_tile(e, read, panel, 4 * lanes, x, 4, column, cols, out, 4 * lanes, **shape)
+    float_tile(e, panel, x, e.b.mul(cols, e.i64(4)), cols, out)
 
 
 @cache

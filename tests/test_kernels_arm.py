@@ -31,14 +31,13 @@ PLAIN = [name for name in kit.FORMATS if blocks.get(name).value == "x"]
 DOTS_CPUS = [cpu for cpu in CPUS if CPUS[cpu] != "neon"]
 # Instructions per 256 weights of a row: a few more than there are, to notice if they become many.
 INSTRUCTIONS = {
-    "Q4_0": 110, "Q4_1": 130, "Q5_0": 185, "Q5_1": 210, "Q8_0": 96, "Q2_K": 162, "Q3_K": 178,
-    "Q4_K": 120, "Q5_K": 143, "Q6_K": 172, "IQ4_NL": 120, "IQ4_XS": 122,
+    "Q4_0": 110, "Q4_1": 130, "Q5_0": 185, "Q5_1": 210, "Q8_0": 96, "Q2_K": 130, "Q3_K": 145,
+    "Q4_K": 112, "Q5_K": 135, "Q6_K": 145, "IQ4_NL": 120, "IQ4_XS": 117,
 }  # fmt: skip
 SHARES = {
-    "Q8_0": (0.75, 0.65), "Q4_0": (0.75, 0.65), "Q4_K": (0.75, 0.65), "Q5_K": (0.765, 0.65),
-    "Q6_K": (0.75, 0.57), "Q3_K": (1.4, 0.65), "Q2_K": (1.65, 0.65),
+    "Q8_0": (0.75, 0.65), "Q4_0": (0.75, 0.65), "Q4_K": (0.75, 0.65), "Q5_K": (0.75, 0.65),
+    "Q6_K": (0.75, 0.57), "Q3_K": (1.35, 0.65), "Q2_K": (1.56, 0.65),
 }  # fmt: skip
-SPILLED = {("cortex-a76", "Q6_K"): 2, ("cortex-a76", "Q3_K"): 1, ("apple-a15", "Q3_K"): 2}
 
 each_cpu = pytest.mark.parametrize("cpu", CPUS)
 
@@ -75,7 +74,7 @@ def test_inner_loops(cpu: str, name: str) -> None:
     """All products are in one loop, which keeps everything in registers."""
     for found in (row_kernel(name, cpu), tile_kernel(name, cpu)):
         assert found.products % 256 == 0
-        assert stack_accesses(found.inner) <= SPILLED.get((cpu, name), 0)
+        assert stack_accesses(found.inner) == 0
     assert counted(row_kernel(name, cpu), 256) <= INSTRUCTIONS[name]
 
 
@@ -91,6 +90,13 @@ def test_cycles(name: str) -> None:
     tile = wanted / cycles_of(tile_kernel(name, cpu), wanted, cpu) / 32
     assert row <= SHARES[name][0]
     assert tile >= SHARES[name][1]
+
+
+@pytest.mark.skipif(tool() is None, reason="needs llvm-mca of LLVM 20 or newer")
+def test_cycles_of_floats() -> None:
+    """Tiles reach 95 % of two fmla of four per cycle."""
+    cpu, wanted = "cortex-a76", tile_products("cortex-a76")
+    assert wanted / cycles_of(tile_kernel("F16", cpu), wanted, cpu) >= 0.95 * 8
 
 
 @pytest.mark.parametrize("name", PLAIN)

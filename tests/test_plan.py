@@ -106,7 +106,8 @@ with edgeq.load(sys.argv[1], ctx=256, kv="f16") as model:
 def test_memory_is_what_a_process_takes(example: Blueprint, tmp_path: Path) -> None:
     made = edgeq.convert(EXAMPLE, tmp_path / "m.gguf", "Q8_0", method="rtn")
     command = [sys.executable, "-c", MEASURE, str(made)]
-    shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    for _ in range(2):  # the first may compile kernels
+        shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     peak, few, many, _ = (int(word) for word in shown.split())
     [file] = [file for file in example.files if file.recipe == "Q8_0"]
     assert file.ram(256, F16, (few, many), isas.choose()) == pytest.approx(peak, rel=0.25)
@@ -206,7 +207,7 @@ def test_rates_of_a_device_come_from_its_files() -> None:
 def test_every_device_has_a_speed_of_prompts(device: str) -> None:
     """Floats are multiplied slower than bytes, by the core's file or by a guess."""
     found = rates.of_device(devices.get(device))
-    assert 0 < found.tile["F16"] < found.tile["Q8_0"] / 2
+    assert 0 < found.tile["F16"] < 0.7 * found.tile["Q8_0"]
     assert 0 < found.row["F16"] < found.tile["Q8_0"]
     assert found.dot == pytest.approx(sum(dot.gmacs for dot in devices.get(device).dot))
 

@@ -170,6 +170,7 @@ def _steps_across(
     """
 
     def body(i: Value, totals: list[Value]) -> list[Value]:
+        e.forget_memory()  # constants that are cheaper from there
         step = e.at(row.w, e.b.mul(i, e.i64(c.bytes)))
         e.prefetch(step, row.ahead, c.bytes)
         d, m = scale_and_size(e, c, step)
@@ -214,9 +215,9 @@ def _part(e: Emit, c: Coding, w: list[Value], sub: Value | None, column: Column)
     """f32 lane per 32 weights: everything but the scale d."""
     pairs = [(v, e.load(v.type, column.x, QUARTER * k)) for k, v in enumerate(w)]
     per = c.fmt.group // QUARTER
-    counts = e.isa.sums(
-        e, [pairs[k : k + per] for k in range(0, len(pairs), per)], _peak(c), column.xd
-    )
+    groups = [pairs[k : k + per] for k in range(0, len(pairs), per)]
+    # Blocks of 32 need their loads for scales.
+    counts = e.isa.sums(e, groups, _peak(c), zeros=sub is not None)
     if per == 1 and sub is not None:
         counts = e.b.mul(counts, sub)
         counts, sub = e.b.add(*(e.pick(counts, range(k, c.groups, 2)) for k in (0, 1))), None

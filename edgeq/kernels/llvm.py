@@ -68,6 +68,16 @@ class Emit:
             where = self.at(self.at(pointer, offset), line)
             self.call("llvm.prefetch.p0", ir.VoidType(), [where, I32(0), I32(2), I32(1)])
 
+    def unknown(self, constant: Value) -> Value:
+        """Pointer to a constant that the optimizer does not see through."""
+        module = self.b.module
+        name = f"edgeq.constant.{constant.type.count}.{constant.constant[0].constant}"
+        place = module.globals.get(name)
+        if place is None:
+            place = ir.GlobalVariable(module, constant.type, name)
+            place.linkage, place.global_constant, place.initializer = "private", True, constant
+        return self.b.asm(ir.FunctionType(PTR, [PTR]), "", "=r,0", [place], False)
+
     def forget_memory(self) -> None:
         """Make the optimizer load again what it has loaded before; no instruction."""
         self.b.asm(ir.FunctionType(ir.VoidType(), []), "", "~{memory}", [], True)

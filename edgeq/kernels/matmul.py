@@ -9,7 +9,7 @@ from edgeq.kernels.codes import plain
 from edgeq.kernels.dot import Column, Reader, row_dots
 from edgeq.kernels.layout import COLUMNS, MATMUL, ROWS_AT_ONCE
 from edgeq.kernels.llvm import F32, Emit, Value, vector
-from edgeq.kernels.panel import lanes_of, quant_panel, rows_of
+from edgeq.kernels.panel import lanes_of, quant_panel
 from edgeq.kernels.rows import each
 from edgeq.kernels.tile import float_panel, float_tile, quant_tile
 from edgeq.kernels.words import add_at, emitted, load, smaller
@@ -272,25 +272,7 @@ def _float_parts(isa: ModuleType, fmt: BlockFormat) -> tuple[Any, Any]:
         float_panel(e, fmt, e.pointer(w), stride, rows, cols, e.pointer(out))
 
     def tile(e: Emit, *v: Value) -> None:
-        panel, x, cols, out = v[0], v[3], v[6], v[7]
-        lanes = rows_of(e)
-        column = e.b.mul(cols, e.i64(4))
-
-        def read(p: Value, n: int) -> Value:
-            return e.load(vector(F32, n), p)
-
-        float_tile(
-            e,
-            read,
-            e.pointer(panel),
-            4 * lanes,
-            e.pointer(x),
-            4,
-            column,
-            cols,
-            e.pointer(out),
-            4 * lanes,
-            columns=isa.TILE_COLS,
-        )
+        panel, x, out = (e.pointer(v[k]) for k in (0, 3, 7))
+        float_tile(e, panel, x, e.b.mul(v[6], e.i64(4)), v[6], out)
 
     return emitted(isa, panel, "i" * 8), emitted(isa, tile, "i" * 8)

@@ -157,8 +157,7 @@ class _Tile:
             return shifted if before is None else list(map(e.b.add, before, shifted))
         if before is not None:
             return before
-        scales = e.at(self.xd, e.b.mul(i, e.i64(4 * self.columns)))
-        return list(e.isa.starts(e, scales, self.columns, self.rows))
+        return list(e.isa.starts(e, self.columns, self.rows))
 
     def _vector(self, kind: ir.Type, base: Value, i: Value, per: int = 1, g: int = 0) -> Value:
         """One value per row: entry g of the `per` entries of step i."""
@@ -208,35 +207,29 @@ def float_panel(
 
 
 def float_tile(
-    e: Emit,
-    read: Callable[[Value, int], Value],
-    panel: Value,
-    stride: int | Value,
-    x: Value,
-    x_step: int | Value,
-    x_col: int | Value,
-    count: Value,
-    out: Value,
-    out_col: int | Value,
-    *,
-    columns: int,
-    accumulate: bool = False,
+    e: Emit, panel: Value, x: Value, column: int | Value, count: Value, out: Value
 ) -> None:
-    """out[c][lanes] (+)= sum over k of panel[k][lanes] · x[k][c], everything f32 in registers.
-
-    `read(pointer, lanes)` gives the f32 lanes at panel + k·stride; x[k][c] is the f32 at x +
-    k·x_step + c·x_col bytes; column c of the result is stored at out + c·out_col.
+    """out[c][R] = sum over k of panel[k][R] · x[k], everything f32 in registers; columns of x are
+    `column` bytes apart.
     """
-    lanes = rows_of(e)
-    xs = [e.at(x, e.b.mul(e.i64(c), e.i64(x_col))) for c in range(columns)]
-    outs = [e.at(out, e.b.mul(e.i64(c), e.i64(out_col))) for c in range(columns)]
-    zero = e.fill(F32, lanes, 0.0)
-    start = [e.load(vector(F32, lanes), o) if accumulate else zero for o in outs]
+    lanes, columns = rows_of(e), range(e.isa.TILE_COLS)
+    xs = [e.at(x, e.b.mul(e.i64(c), e.i64(column))) for c in columns]
 
-    def body(k: Value, sums: list[Value]) -> list[Value]:
-        v = read(e.at(panel, e.b.mul(k, e.i64(stride))), lanes)
-        offset = e.b.mul(k, e.i64(x_step))
-        return [e.fma(v, e.splat(e.load(F32, p, offset), lanes), s) for p, s in zip(xs, sums)]
+    def some(n: int, done: Value) -> Callable[[Value, list[Value]], list[Value]]:
+        def body(i: Value, sums: list[Value]) -> list[Value]:
+            k = e.b.add(done, e.b.mul(i, e.i64(n)))
+            at = e.at(panel, e.b.mul(k, e.i64(4 * lanes)))
+            ws = [e.load(vector(F32, lanes), at, 4 * lanes * j) for j in range(n)]
+            offset = e.b.mul(k, e.i64(4))
+            given = [e.isa.spread(e, F32, e.at(x, offset), n, lanes) for x in xs]
+            for w, vs in zip(ws, zip(*given, strict=True), strict=True):
+                sums = [e.fma(w, v, total) for v, total in zip(vs, sums, strict=True)]
+            return sums
 
-    for o, total in zip(outs, e.loop(count, start, body)):
-        e.store(total, o)
+        return body
+
+    left = e.b.urem(count, e.i64(4))
+    done = e.b.sub(count, left)
+    sums = e.loop(e.b.udiv(count, e.i64(4)), [e.fill(F32, lanes, 0.0)] * len(xs), some(4, e.i64(0)))
+    for c, total in enumerate(e.loop(left, sums, some(1, done))):
+        e.store(total, out, 4 * lanes * c)

@@ -2,8 +2,6 @@
 
 from collections.abc import Sequence
 
-from llvmlite import ir
-
 from edgeq.kernels.isa import neon
 from edgeq.kernels.isa.neon import (
     flags,
@@ -45,6 +43,8 @@ OFFSET = 0
 ACROSS = True
 MAGIC = 0x4B400000  # bits of 1.5 * 2^23: beside it an f32 holds integers as they are
 
+spread = neon.by_lane
+
 
 def dot(e: Emit, acc: Value, w: Value, x: Value, signed: bool) -> Value:
     """sdot."""
@@ -54,18 +54,14 @@ def dot(e: Emit, acc: Value, w: Value, x: Value, signed: bool) -> Value:
 
 
 def sums(
-    e: Emit,
-    groups: Sequence[Sequence[tuple[Value, Value]]],
-    peak: int,
-    scales: Value | None = None,
+    e: Emit, groups: Sequence[Sequence[tuple[Value, Value]]], peak: int, zeros: bool = False
 ) -> Value:
-    """sdot, then addp between groups. With `scales` (f32 not below 0, one per 32 weights) sums
-    of 16 start in general registers: see `starts`.
+    """sdot, then addp between groups. With `zeros`, sums start with zeros from memory: a constant
+    is copied by the pipes that multiply. For kernels that have loads to spare.
     """
-    zero = e.fill(I32, 4, 0)
-    held = [zero] * len(groups)
-    if scales is not None and len(groups) == 16:
-        held = [e.splat(_nothing(e, scales, k), 4) for k in range(16)]
+    held = [e.fill(I32, 4, 0)] * len(groups)
+    if zeros:
+        held = _loaded(e, e.fill(I32, 4 * len(groups), 0), 4)
     for k, group in enumerate(groups):
         for w, x in group:
             held[k] = dot(e, held[k], w, x, signed=True)
@@ -76,30 +72,23 @@ def sums(
     return e.pick(e.widen(e.join(held), I32, signed=True), range(len(groups)))
 
 
+def _loaded(e: Emit, constant: Value, lanes: int) -> list[Value]:
+    """Parts of a constant, from memory wherever the optimizer has forgotten it."""
+    place = e.unknown(constant)
+    kind = vector(constant.type.element, lanes)
+    return [e.load(kind, place, 4 * k) for k in range(0, constant.type.count, lanes)]
+
+
 def _halved(e: Emit, a: Value, b: Value) -> Value:
     """uzp1: i16[8] of the sums in a, then of those in b."""
     halves = [e.b.bitcast(v, vector(I16, 8)) for v in (a, b)]
     return e.pick(halves[0], range(0, 16, 2), halves[1])
 
 
-def _nothing(e: Emit, scales: Value, k: int) -> Value:
-    """0, a different one for each of sixteen: the sign bit of a scale, or all bits like it."""
-    bits = e.load(I32, scales, k % 8 * 4)
-    return e.b.ashr(bits, I32(31)) if k < 8 else e.b.lshr(bits, I32(31))
-
-
-def spread(e: Emit, kind: ir.Type, pointer: Value, count: int, lanes: int) -> list[Value]:
-    """Lanes of whole vectors: sdot, fmul and fmla take one by its number."""
-    vectors = [e.load(vector(kind, 4), pointer, 4 * k) for k in range(0, count, 4)]
-    return [e.pick(v, [k] * lanes) for v in vectors for k in range(4)]
-
-
-def starts(e: Emit, scales: Value, count: int, lanes: int) -> list[Value]:
-    """MAGIC by way of general registers: a constant would be copied by the pipes that multiply. The
-    sign of a scale is 0, which the compiler cannot know.
-    """
-    signs = [e.b.ashr(e.load(I32, scales, 4 * k), I32(31)) for k in range(count)]
-    return [e.splat(e.b.add(sign, I32(MAGIC)), lanes) for sign in signs]
+def starts(e: Emit, count: int, lanes: int) -> list[Value]:
+    """MAGIC, from memory: see `sums`."""
+    e.forget_memory()
+    return _loaded(e, e.fill(I32, count * lanes, MAGIC), lanes)
 
 
 def counted(e: Emit, total: Value) -> Value:

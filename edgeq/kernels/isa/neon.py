@@ -19,7 +19,7 @@ OFFSET = 0
 ACROSS = True
 
 shifted = portable.shifted
-spread, starts, counted = portable.spread, portable.starts, portable.counted
+starts, counted = portable.starts, portable.counted
 
 
 def dot(e: Emit, acc: Value, w: Value, x: Value, signed: bool) -> Value:
@@ -31,7 +31,7 @@ def dot(e: Emit, acc: Value, w: Value, x: Value, signed: bool) -> Value:
 
 
 def sums(
-    e: Emit, groups: Sequence[Sequence[tuple[Value, Value]]], peak: int, _: Value | None = None
+    e: Emit, groups: Sequence[Sequence[tuple[Value, Value]]], peak: int, zeros: bool = False
 ) -> Value:
     """i32[groups]: sums over each group's w·x (i8[16] each), |w| <= peak and |x| <= 127.
 
@@ -75,6 +75,19 @@ def pairs(e: Emit, a: Value, b: Value) -> Value:
 def _wide_pairs(e: Emit, v: Value) -> Value:
     """i32[4]: sums of two neighbours of i16[8]."""
     return e.call("llvm.aarch64.neon.saddlp.v4i32.v8i16", vector(I32, 4), [v])
+
+
+def spread(e: Emit, kind: ir.Type, pointer: Value, count: int, lanes: int) -> list[Value]:
+    """Lanes of a vector if one has them all; more would leave too few registers for products."""
+    alone = portable.spread if count > 4 else by_lane
+    return alone(e, kind, pointer, count, lanes)
+
+
+def by_lane(e: Emit, kind: ir.Type, pointer: Value, count: int, lanes: int) -> list[Value]:
+    """Lanes of whole vectors: fmul, fmla and sdot take one by its number."""
+    n = min(count, 4)
+    vectors = [e.load(vector(kind, n), pointer, 4 * k) for k in range(0, count, n)]
+    return [e.pick(v, [k] * lanes) for v in vectors for k in range(n)]
 
 
 def lookup(e: Emit, table: Sequence[int], index: Value) -> Value:

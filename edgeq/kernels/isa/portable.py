@@ -33,8 +33,8 @@ def spread(e: Emit, kind: ir.Type, pointer: Value, count: int, lanes: int) -> li
     return [e.splat(e.load(kind, pointer, 4 * k), lanes) for k in range(count)]
 
 
-def starts(e: Emit, scales: Value, count: int, lanes: int) -> list[Value]:
-    """Where `count` sums of dot products start in a tile; `scales`: f32[count] not below 0."""
+def starts(e: Emit, count: int, lanes: int) -> list[Value]:
+    """Where `count` sums of dot products start in a tile."""
     return [e.fill(I32, lanes, 0)] * count
 
 
