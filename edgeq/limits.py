@@ -6,6 +6,7 @@ beside the compiled kernels. `edgeq bench` shows speeds as a share of them.
 
 import contextlib
 import math
+import mmap
 import statistics
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -23,10 +24,9 @@ from edgeq.kernels.program import TEAM_KERNELS, Op, Program, Team, aligned
 
 __all__ = ["Limits", "measure", "measured", "sustained"]
 
-READ_BYTES = 1 << 28  # more than the cache of any board
+READ_BYTES = 1 << 30  # so many that also the caches of a server hold little of them
 DOT_STEPS = 1 << 21
-REPEATS = 5
-LONG_BYTES, LONG_REPEATS = 1 << 30, 11
+REPEATS, LONG_REPEATS = 5, 11
 
 
 @dataclass(frozen=True)
@@ -39,31 +39,30 @@ class Limits:
 
 
 def measure(threads: int, cores: int) -> Limits:
-    """Measure now; takes about a second.
+    """Measure now; takes one to three seconds.
 
     cores: threads that can run at the same time.
     """
     products = threads * DOT_STEPS * DOT_CHAINS * isas.choose().WIDTH
-    with _programs(threads, cores, min(READ_BYTES, memory.available() // 8)) as (size, read, dot):
+    with _programs(threads, cores) as (size, read, dot):
         gbs = size / min(_times(read, REPEATS)) / 1e9
         return Limits(threads, gbs, products / min(_times(dot, REPEATS)) / 1e9)
 
 
 def sustained(threads: int, cores: int) -> float:
-    """1e9 bytes per second that go on coming from memory: the median of runs over so many that also
-    the caches of a server hold little of them. Takes about a second.
+    """1e9 bytes per second that go on coming from memory: the median of runs. Takes one to three
+    seconds.
     """
-    with _programs(threads, cores, min(LONG_BYTES, memory.available() // 4)) as (size, read, _):
+    with _programs(threads, cores) as (size, read, _):
         return size / statistics.median(_times(read, LONG_REPEATS)) / 1e9
 
 
 @contextlib.contextmanager
-def _programs(threads: int, cores: int, nbytes: int) -> Iterator[tuple[int, Program, Program]]:
+def _programs(threads: int, cores: int) -> Iterator[tuple[int, Program, Program]]:
     """How many bytes are read, the program that reads them, and the one of products."""
     addresses = load(("probe_read", "probe_dot", *TEAM_KERNELS), isas.choose())
-    size = nbytes // 4096 * 4096
-    sums, source = aligned(64 * threads), aligned(size)
-    source[:] = 1  # pages that were never written are all the same one
+    sums, source = aligned(64 * threads), _like_a_file(min(READ_BYTES, memory.available() // 4))
+    size = source.nbytes
     start, out = int(source.ctypes.data), int(sums.ctypes.data)
     ops = (
         Op("probe_read", _words(start, size, out)),
@@ -75,6 +74,17 @@ def _programs(threads: int, cores: int, nbytes: int) -> Iterator[tuple[int, Prog
         yield size, read, dot
     finally:
         team.close()
+
+
+def _like_a_file(nbytes: int) -> NDArray[np.uint8]:
+    """u8[nbytes, rounded] of memory in pages as small as those of a mapped model."""
+    place = mmap.mmap(-1, max(nbytes // 4096, 1) * 4096)
+    if hasattr(mmap, "MADV_NOHUGEPAGE"):
+        with contextlib.suppress(OSError):  # a kernel without huge pages
+            place.madvise(mmap.MADV_NOHUGEPAGE)
+    found = np.frombuffer(place, np.uint8)
+    found[:] = 1  # pages that were never written are all the same one
+    return found
 
 
 def _words(*values: int) -> NDArray[np.int64]:

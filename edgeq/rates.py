@@ -33,7 +33,7 @@ ATTAINABLE = 0.65
 TOGETHER = 0.94
 # Of the dot products that a core can do, a panel kernel does about so many where nobody knows; one
 # of floats does so much less, and a row of floats in cache again: as devices/cores/ has them.
-PANEL_SHARE, FLOAT_SHARE, FLOAT_ROW = 0.6, 1 / 6, 1 / 16
+PANEL_SHARE, FLOAT_SHARE, FLOAT_ROW = 0.6, 1 / 3, 1 / 16
 Progress = Callable[[str, int, int], None]
 
 

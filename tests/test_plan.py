@@ -244,7 +244,7 @@ def test_of_kernels_the_best_measured_rate_is_kept(monkeypatch: pytest.MonkeyPat
 
 def test_what_goes_on_coming_from_memory_is_a_median(monkeypatch: pytest.MonkeyPatch) -> None:
     """A burst from a cache does not count."""
-    monkeypatch.setattr(limits, "LONG_BYTES", 1 << 20)
+    monkeypatch.setattr(limits, "READ_BYTES", 1 << 20)
     monkeypatch.setattr(limits, "_times", lambda program, repeats: [1e-9, 1e-3, 1e-3, 5.0])
     assert limits.sustained(1, 2) == pytest.approx((1 << 20) / 1e-3 / 1e9)
 

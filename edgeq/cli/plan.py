@@ -9,17 +9,19 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from edgeq.cli._table import show, table
 from edgeq.cli._terminal import Status, harmless, human, is_terminal, note
 
 if TYPE_CHECKING:
     from types import ModuleType
+
+    from rich.table import Table
 
     from edgeq.blueprint import Blueprint
     from edgeq.plan import Efficiency, Row, Speed
     from edgeq.rates import Rates
 
 GIB = 1 << 30
-WIDEST = 200  # characters of a table
 
 
 @dataclass(frozen=True)
@@ -154,7 +156,7 @@ def _show_model(
         note(f"the engine cannot run it: {blueprint.problem}")
     if not blueprint.exact:
         note("the size of the vocabulary is guessed: it was not fetched")
-    _print(_table_of(found, best))
+    show(_table_of(found, best), whole=True)
     lines = [*_machine_lines(place, options), *_legend(found, options), *_advice(found, best)]
     click.echo(harmless("\n".join(lines)))
 
@@ -207,12 +209,12 @@ def _advice(found: "list[Row]", best: "tuple[Row, str] | None") -> list[str]:
     return lines
 
 
-def _table_of(found: "list[Row]", best: "tuple[Row, str] | None") -> Any:
+def _table_of(found: "list[Row]", best: "tuple[Row, str] | None") -> "Table":
     heads = ("", "recipe", "file", "bits", "RAM", "ctx", "prompt", "gen", "limit", "loss")
-    table = _table(*heads)
+    made = table(*heads, right=(*heads[2:8], "loss"), whole=True)
     for row in found:
         file = row.file
-        table.add_row(
+        made.add_row(
             "*" if best and row is best[0] else "",
             file.recipe,
             human(file.nbytes),
@@ -224,7 +226,7 @@ def _table_of(found: "list[Row]", best: "tuple[Row, str] | None") -> Any:
             row.decode.limit if row.decode else "",
             "" if file.divergence is None else f"{file.divergence:.4f}",
         )
-    return table
+    return made
 
 
 def _context(row: "Row") -> str:
@@ -314,10 +316,10 @@ def _sizes(device: str | None, threads: int | None, options: dict[str, Any], as_
         records = [{"size": name, **_record(row)} for name, some in found.items() for row in some]
         click.echo(json.dumps(_place_record(place, options) | {"rows": records}))
         return
-    table = _table("size", *MIXTURES)
+    made = table("size", *MIXTURES, right=tuple(MIXTURES), whole=True)
     for name, some in found.items():
-        table.add_row(name, *(_cell(row) for row in some))
-    _print(table)
+        made.add_row(name, *(_cell(row) for row in some))
+    show(made, whole=True)
     used = {name: some[0].context for name, some in found.items()}
     less = ", ".join(f"{name}: {context}" for name, context in used.items() if context != wanted)
     context = f"{wanted} ({less})" if less else f"{wanted}"
@@ -333,23 +335,3 @@ def _sizes(device: str | None, threads: int | None, options: dict[str, Any], as_
 def _cell(row: "Row") -> str:
     assert row.ram is not None
     return f"{row.ram / GIB:.1f} {_rate(row.decode) if row.fits else '-':>5}"
-
-
-def _table(*columns: str) -> Any:
-    from rich import box
-    from rich.table import Table
-
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    left = ("", "recipe", "limit", "size")
-    for column in columns:
-        table.add_column(
-            column, justify="left" if column in left else "right", overflow="fold", no_wrap=True
-        )
-    return table
-
-
-def _print(table: Any) -> None:
-    """As wide as it is: a terminal wraps lines, but does not cut numbers."""
-    from rich.console import Console
-
-    Console(width=WIDEST).print(table)

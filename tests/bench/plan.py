@@ -4,6 +4,7 @@ python tests/bench/plan.py FILE.gguf... [--rounds N]
 
 import argparse
 import json
+import statistics
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -33,16 +34,27 @@ def measured(file: Path) -> tuple[float, float]:
 
 
 def lines(files: list[Path], rounds: int) -> Iterator[str]:
+    """Each round, then the medians of a file: memory that others use as well is not the same when
+    it is measured and when it is used.
+    """
     yield "| file | GB/s | prompt of 512 | predicted | | generation | predicted | |"
     yield "|---|---:|---:|---:|---:|---:|---:|---:|"
+    found: dict[Path, list[tuple[float, ...]]] = {file: [] for file in files}
     for file in files * rounds:
-        prefill, decode, read = planned(file)
-        prompt, gen = measured(file)
-        off = prefill / prompt - 1, decode / gen - 1
-        yield (
-            f"| {file.stem} | {read:.1f} | {prompt:.1f} | {prefill:.1f} | {off[0]:+.0%} |"
-            f" {gen:.1f} | {decode:.1f} | {off[1]:+.0%} |"
-        )
+        found[file].append((*planned(file), *measured(file)))
+        yield line(file.stem, found[file][-1])
+    for file, rows in found.items() if rounds > 1 else ():
+        medians = tuple(statistics.median(column) for column in zip(*rows, strict=True))
+        yield line(f"{file.stem}, median of {rounds}", medians)
+
+
+def line(name: str, values: tuple[float, ...]) -> str:
+    prefill, decode, read, prompt, gen = values
+    off = prefill / prompt - 1, decode / gen - 1
+    return (
+        f"| {name} | {read:.1f} | {prompt:.1f} | {prefill:.1f} | {off[0]:+.0%} |"
+        f" {gen:.1f} | {decode:.1f} | {off[1]:+.0%} |"
+    )
 
 
 def main() -> None:
@@ -50,8 +62,8 @@ def main() -> None:
     parser.add_argument("files", type=Path, nargs="+")
     parser.add_argument("--rounds", type=int, default=1)
     args = parser.parse_args()
-    for line in lines(args.files, args.rounds):
-        print(line, flush=True)
+    for text in lines(args.files, args.rounds):
+        print(text, flush=True)
 
 
 if __name__ == "__main__":
