@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -44,14 +45,46 @@ def test_a_warm_start_is_small(tmp_path: Path) -> None:
     assert peak - path.stat().st_size - kv < MOST
 
 
+def bench(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, ROOT / "tests" / "bench" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+# Where no cgroup can be made, a program that believes to be in one.
+BELIEVE = """
+import sys
+from edgeq import cli, memory
+free = int(sys.argv.pop(1))
+memory.available = lambda: free
+cli.app()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_the_first_start_fits_a_small_board(tmp_path: Path) -> None:
+    """A model of 105 MB, all kernels to be compiled, 400 MB for everything."""
+    lowmemory, path = bench("lowmemory"), tmp_path / "m.gguf"
+    subprocess.run([sys.executable, ROOT / "tests/bench/smollm.py", path], check=True)
+    assert path.stat().st_size == pytest.approx(MODEL, rel=0.02)
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "EDGEQ_CACHE": str(tmp_path / "cache")}
+    with lowmemory.cage(LIMIT) as place:
+        first = ["-m", "edgeq"] if place else ["-c", BELIEVE, str(LIMIT // 2)]
+    run = ["run", str(path), "one two three", "-n", "4", "-c", "512", "-t", "2", "--temp", "0"]
+    found = lowmemory.measure([sys.executable, *first, *run], env, LIMIT)
+    assert found["code"] == 0, found["said"]
+    assert list(tmp_path.glob("cache/edgeq/kernels-*/*.o"))
+    assert MODEL < found["peak"] < LIMIT
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_compiling_is_small(tmp_path: Path) -> None:
     """The first start on a board: a compiler has what an engine before its KV cache leaves."""
-    spec = importlib.util.spec_from_file_location("lowmemory", ROOT / "tests/bench/lowmemory.py")
-    assert spec is not None
-    assert spec.loader is not None
-    lowmemory = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(lowmemory)
+    lowmemory = bench("lowmemory")
     isa = isas.choose()
     name = "attend/2.q4_0.q8_0"  # one of the largest
     command = [sys.executable, "-m", "edgeq.kernels.compile", str(tmp_path), name]
