@@ -156,8 +156,8 @@ def _float_scores(
     def body(d: Value, sums: list[Value]) -> list[Value]:
         line = e.at(keys, e.b.mul(d, e.i64(TILE_KEYS * size)))
         ks = [from_stored(e, kind, e.at(line, size * column), lanes) for column in columns]
-        at = e.at(q, e.b.mul(d, e.i64(4 * queries)))
-        pairs = [(e.splat(e.load(F32, at, 4 * row), lanes), k) for row in rows for k in ks]
+        at = e.at(q, e.b.add(e.b.mul(d, e.i64(4 * queries)), e.i64(4 * rows[0])))
+        pairs = [(x, k) for x in e.isa.spread(e, F32, at, len(rows), lanes) for k in ks]
         return [e.fma(k, x, total) for (x, k), total in zip(pairs, sums, strict=True)]
 
     return e.loop(n, [e.fill(F32, lanes, 0.0)] * len(rows) * len(columns), body)

@@ -210,6 +210,27 @@ class Emit:
         b.position_at_end(done)
         return list(phis)
 
+    def steps(
+        self,
+        count: Value,
+        n: int,
+        carried: Sequence[Value],
+        body: Callable[[Value, int, list[Value]], Sequence[Value]],
+    ) -> list[Value]:
+        """carried = body(index of the first, how many, carried): `n` at a time, the rest one by
+        one.
+        """
+        whole = self.b.sub(count, self.b.urem(count, self.i64(n)))
+
+        def several(i: Value, values: list[Value]) -> Sequence[Value]:
+            return body(self.b.mul(i, self.i64(n)), n, values)
+
+        def single(i: Value, values: list[Value]) -> Sequence[Value]:
+            return body(self.b.add(whole, i), 1, values)
+
+        values = self.loop(self.b.udiv(count, self.i64(n)), carried, several)
+        return self.loop(self.b.urem(count, self.i64(n)), values, single)
+
 
 def _suffix(type_: ir.Type) -> str:
     if isinstance(type_, ir.VectorType):

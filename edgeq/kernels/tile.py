@@ -4,8 +4,6 @@ A tile has R rows (see panel.py) and TILE_COLS columns, whose activations lie
 [cols/UNIT][TILE_COLS][UNIT] as the panel's codes do.
 """
 
-from collections.abc import Callable
-
 from llvmlite import ir
 
 from edgeq.blocks import BlockFormat
@@ -207,29 +205,23 @@ def float_panel(
 
 
 def float_tile(
-    e: Emit, panel: Value, x: Value, column: int | Value, count: Value, out: Value
+    e: Emit, panel: Value, x: Value, stride: int | Value, count: Value, out: Value
 ) -> None:
     """out[c][R] = sum over k of panel[k][R] · x[k], everything f32 in registers; columns of x are
-    `column` bytes apart.
+    `stride` bytes apart.
     """
-    lanes, columns = rows_of(e), range(e.isa.TILE_COLS)
-    xs = [e.at(x, e.b.mul(e.i64(c), e.i64(column))) for c in columns]
+    lanes = rows_of(e)
+    xs = [e.at(x, e.b.mul(e.i64(c), e.i64(stride))) for c in range(e.isa.TILE_COLS)]
 
-    def some(n: int, done: Value) -> Callable[[Value, list[Value]], list[Value]]:
-        def body(i: Value, sums: list[Value]) -> list[Value]:
-            k = e.b.add(done, e.b.mul(i, e.i64(n)))
-            at = e.at(panel, e.b.mul(k, e.i64(4 * lanes)))
-            ws = [e.load(vector(F32, lanes), at, 4 * lanes * j) for j in range(n)]
-            offset = e.b.mul(k, e.i64(4))
-            given = [e.isa.spread(e, F32, e.at(x, offset), n, lanes) for x in xs]
-            for w, vs in zip(ws, zip(*given, strict=True), strict=True):
-                sums = [e.fma(w, v, total) for v, total in zip(vs, sums, strict=True)]
-            return sums
+    def some(first: Value, n: int, sums: list[Value]) -> list[Value]:
+        at = e.at(panel, e.b.mul(first, e.i64(4 * lanes)))
+        ws = [e.load(vector(F32, lanes), at, 4 * lanes * k) for k in range(n)]
+        offset = e.b.mul(first, e.i64(4))
+        given = [e.isa.spread(e, F32, e.at(x, offset), n, lanes) for x in xs]
+        for w, vs in zip(ws, zip(*given, strict=True), strict=True):
+            sums = [e.fma(w, v, total) for v, total in zip(vs, sums, strict=True)]
+        return sums
 
-        return body
-
-    left = e.b.urem(count, e.i64(4))
-    done = e.b.sub(count, left)
-    sums = e.loop(e.b.udiv(count, e.i64(4)), [e.fill(F32, lanes, 0.0)] * len(xs), some(4, e.i64(0)))
-    for c, total in enumerate(e.loop(left, sums, some(1, done))):
+    sums = e.steps(count, 4, [e.fill(F32, lanes, 0.0)] * len(xs), some)
+    for c, total in enumerate(sums):
         e.store(total, out, 4 * lanes * c)

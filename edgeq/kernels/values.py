@@ -5,6 +5,8 @@ A row is worked on in pieces of 32 values, of which two are looked at that are 1
 low and high halves of the bytes of q4_0.
 """
 
+from functools import partial
+
 from edgeq.kernels.cached import BLOCK, HALF, bytes_of, each_block, from_stored, quantize, to_stored
 from edgeq.kernels.keys import float_rows
 from edgeq.kernels.layout import KEYS, KV_BITS, TILE_KEYS, kv_blocks
@@ -127,19 +129,34 @@ def _piece(
                     for start in starts
                 ]
 
-                def body(
-                    k: Value, sums: list[Value], rows: range = rows, starts: list[int] = starts
-                ) -> list[Value]:
-                    line = e.at(values, e.b.mul(k, row))
-                    vs = [_values(e, kind, line, start, lanes) for start in starts]
-                    at = e.b.mul(k, e.i64(4))
-                    xs = [e.load(F32, p, e.b.add(at, e.i64(4 * KEYS * i))) for i in rows]
-                    pairs = [(e.splat(x, lanes), v) for x in xs for v in vs]
-                    return [e.fma(v, x, total) for (x, v), total in zip(pairs, sums, strict=True)]
-
                 loaded = [e.load(vector(F32, lanes), slot) for slot in slots]
-                for slot, total in zip(slots, e.loop(count, loaded, body), strict=True):
+                read = partial(_weighed, e, kind, values, row, p, rows, starts)
+                for slot, total in zip(slots, e.steps(count, 4, loaded, read), strict=True):
                     e.store(total, slot)
+
+
+def _weighed(
+    e: Emit,
+    kind: str,
+    values: Value,
+    row: Value,
+    p: Value,
+    rows: range,
+    starts: list[int],
+    first: Value,
+    count: int,
+    sums: list[Value],
+) -> list[Value]:
+    """sums + those of `count` rows of values, from row `first` on."""
+    lanes = e.isa.WIDTH // 4
+    at = e.at(p, e.b.mul(first, e.i64(4)))
+    given = [e.isa.spread(e, F32, e.at(at, 4 * KEYS * i), count, lanes) for i in rows]
+    for k in range(count):
+        line = e.at(values, e.b.mul(e.b.add(first, e.i64(k)), row))
+        vs = [_values(e, kind, line, start, lanes) for start in starts]
+        pairs = [(xs[k], v) for xs in given for v in vs]
+        sums = [e.fma(v, x, total) for (x, v), total in zip(pairs, sums, strict=True)]
+    return sums
 
 
 def _values(e: Emit, kind: str, line: Value, start: int, lanes: int) -> Value:
