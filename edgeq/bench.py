@@ -101,7 +101,9 @@ class Row:
     stddev_ts: float
     samples_ns: list[int]
     samples_ts: list[float]
-    peak_rss: int  # bytes of memory this process has used at most since the model was opened
+    # Bytes of memory this process has used at most since the model was opened, off Linux since it
+    # started, and so while limits were measured.
+    peak_rss: int
     rate: float  # generation: GB/s of weights read; prompts: GMAC/s
     limit: float  # the same for this machine at its best, see edgeq.limits
     max_celsius: float | None = None

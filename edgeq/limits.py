@@ -39,7 +39,7 @@ class Limits:
 
 
 def measure(threads: int, cores: int) -> Limits:
-    """Measure now; takes one to three seconds.
+    """Measure now; takes a second or two, on a slow board five.
 
     cores: threads that can run at the same time.
     """
@@ -50,8 +50,8 @@ def measure(threads: int, cores: int) -> Limits:
 
 
 def sustained(threads: int, cores: int) -> float:
-    """1e9 bytes per second that go on coming from memory: the median of runs. Takes one to three
-    seconds.
+    """1e9 bytes per second that go on coming from memory: the median of runs. Takes a second or
+    two, on a slow board five.
     """
     with _programs(threads, cores) as (size, read, _):
         return size / statistics.median(_times(read, LONG_REPEATS)) / 1e9
@@ -78,7 +78,9 @@ def _programs(threads: int, cores: int) -> Iterator[tuple[int, Program, Program]
 
 def _like_a_file(nbytes: int) -> NDArray[np.uint8]:
     """u8[nbytes, rounded] of memory in pages as small as those of a mapped model."""
-    place = mmap.mmap(-1, max(nbytes // 4096, 1) * 4096)
+    private = getattr(mmap, "MAP_PRIVATE", 0) | getattr(mmap, "MAP_ANONYMOUS", 0)
+    options = {"flags": private} if private else {}  # Windows has other ones
+    place = mmap.mmap(-1, max(nbytes // 4096, 1) * 4096, **options)
     if hasattr(mmap, "MADV_NOHUGEPAGE"):
         with contextlib.suppress(OSError):  # a kernel without huge pages
             place.madvise(mmap.MADV_NOHUGEPAGE)

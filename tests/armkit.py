@@ -24,7 +24,7 @@ def machine(cpu: str, features: str = "") -> llvm.TargetMachine:
     llvm.initialize_all_asmprinters()
     target = llvm.Target.from_triple(TRIPLE)
     return target.create_target_machine(
-        cpu=cpu, features=features, opt=3, reloc="static", codemodel="small"
+        cpu=cpu, features=features, opt=3, reloc="static", codemodel="jitdefault", jit=True
     )
 
 

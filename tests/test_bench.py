@@ -1,6 +1,8 @@
 """Speed measurements: what they count, and the limits they are compared with."""
 
+import sys
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -140,7 +142,18 @@ def test_a_test_must_fit_the_context(path: Path) -> None:
         run(path, threads=[1, 257])
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_memory_is_read_in_small_pages() -> None:
+    """As a model's file is; where the system has large ones they are read faster."""
+    place = limits._like_a_file(1 << 23)
+    entries = Path("/proc/self/smaps").read_text().split("VmFlags:")
+    here = f"{place.ctypes.data:x}-"
+    [flags] = [after for before, after in pairwise(entries) if f"\n{here}" in before]
+    assert "nh" in flags.splitlines()[0].split()
+
+
 def test_limits_are_positive_and_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "READ_BYTES", 1 << 24)
     kept: dict[str, Any] = {}
     monkeypatch.setattr(cache, "recall", lambda name, isa: kept.get(name))
     monkeypatch.setattr(cache, "remember", lambda name, isa, values: kept.update({name: values}))

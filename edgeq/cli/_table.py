@@ -27,11 +27,12 @@ def table(*columns: str, right: tuple[str, ...] = (), whole: bool = False) -> "T
     return made
 
 
-def show(made: "Table", *, whole: bool = False) -> None:
-    """Print a table; a cell is text, not markup. whole: as wide as it is, as a terminal wraps lines
-    but cuts no numbers.
+def show(made: "Table") -> None:
+    """Print a table; a cell is text, not markup. One that is whole is as wide as it is: a terminal
+    wraps lines, but cuts no numbers.
     """
     from rich.console import Console
 
+    whole = any(column.no_wrap for column in made.columns)
     width = None if is_terminal(sys.stdout) else WIDTH
     Console(width=WIDEST if whole else width, markup=False).print(made)

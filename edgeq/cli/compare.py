@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from edgeq.cli._progress import bar
+from edgeq.cli._table import table
 from edgeq.cli._terminal import Status, harmless, is_terminal, note
 from edgeq.text import read_text, write_text
 
@@ -174,21 +175,16 @@ def _print(document: dict[str, Any]) -> None:
 
 
 def _table(document: dict[str, Any], columns: "Columns") -> "Table":
-    from rich import box
     from rich.markup import escape
-    from rich.table import Table
 
     rows = document["rows"]
     shown = {head: cell for head, cell in columns.items() if any(map(cell, rows))}
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    table.add_column("recipe", no_wrap=True)
-    for head in shown:
-        table.add_column(head, justify="right")
+    made = table("recipe", *shown, right=tuple(shown), whole=True)
     for row in rows:
         mark = " (ref)" if row["name"] == document["reference"] else ""
         cells = (cell(row) or "-" for cell in shown.values())
-        table.add_row(escape(harmless(row["name"])) + mark, *cells)
-    return table
+        made.add_row(escape(harmless(row["name"])) + mark, *cells)
+    return made
 
 
 def _mib(size: float) -> str:

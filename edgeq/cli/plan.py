@@ -156,7 +156,7 @@ def _show_model(
         note(f"the engine cannot run it: {blueprint.problem}")
     if not blueprint.exact:
         note("the size of the vocabulary is guessed: it was not fetched")
-    show(_table_of(found, best), whole=True)
+    show(_table_of(found, best))
     lines = [*_machine_lines(place, options), *_legend(found, options), *_advice(found, best)]
     click.echo(harmless("\n".join(lines)))
 
@@ -319,7 +319,7 @@ def _sizes(device: str | None, threads: int | None, options: dict[str, Any], as_
     made = table("size", *MIXTURES, right=tuple(MIXTURES), whole=True)
     for name, some in found.items():
         made.add_row(name, *(_cell(row) for row in some))
-    show(made, whole=True)
+    show(made)
     used = {name: some[0].context for name, some in found.items()}
     less = ", ".join(f"{name}: {context}" for name, context in used.items() if context != wanted)
     context = f"{wanted} ({less})" if less else f"{wanted}"

@@ -68,10 +68,12 @@ class Emit:
             where = self.at(self.at(pointer, offset), line)
             self.call("llvm.prefetch.p0", ir.VoidType(), [where, I32(0), I32(2), I32(1)])
 
-    def unknown(self, constant: Value) -> Value:
-        """Pointer to a constant that the optimizer does not see through."""
-        module = self.b.module
-        name = f"edgeq.constant.{constant.type.count}.{constant.constant[0].constant}"
+    def unknown(self, element: ir.Type, lanes: int, value: int) -> Value:
+        """Pointer to a constant in memory, which the optimizer does not see through. It takes this
+        for something that may write to memory, so what is loaded from there stays behind it.
+        """
+        constant, module = self.fill(element, lanes, value), self.b.module
+        name = f"edgeq.constant.{element}.{lanes}.{value}"
         place = module.globals.get(name)
         if place is None:
             place = ir.GlobalVariable(module, constant.type, name)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
-from edgeq import blocks
+from edgeq import blocks, devices
 from edgeq.recipe import Model, Recipe, assign
 
 Cost = Mapping[str, float]  # by format
@@ -30,14 +30,21 @@ class Board:
         return self.bandwidth / self.threads / self.ghz
 
 
+def _board(name: str, device: str) -> Board:
+    """As `edgeq plan` knows it."""
+    found = devices.get(device)
+    [core] = found.cores
+    read = found.limit(found.decode_threads)
+    assert read is not None
+    how = f"{read.how}, {read.source}"
+    return Board(name, core.kind, core.count, core.ghz, found.decode_threads, read.gbs, how)
+
+
 BOARDS = [
-    Board(
-        "Pi Zero 2 W", "cortex-a53", 4, 1.0, 4, 1.57,
-        "memset, sbc-bench (ix.io/3E85); nobody published a read rate",
-    ),
-    Board("Pi 4", "cortex-a72", 4, 1.5, 4, 5.5, "STREAM copy (sci-pi.org.uk)"),
-    Board("Pi 5", "cortex-a76", 4, 2.4, 2, 13.2, "read by two threads (llama.cpp #26484)"),
-]  # fmt: skip
+    _board("Pi Zero 2 W", "rpizero2w"),
+    _board("Pi 4", "rpi4"),
+    _board("Pi 5", "rpi5"),
+]
 
 
 @dataclass(frozen=True)

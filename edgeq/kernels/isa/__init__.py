@@ -1,9 +1,10 @@
 """Instruction sets: one file each, chosen once per process.
 
 A module states its NAME, its RANK among those a machine can run, the features it NEEDS (LLVM's
-names), the CPU that EDGEQ_ISA compiles for together with these, and the words: `dot`, `lookup`,
-`shifted`, `flags`, `from_f16`, `to_f16`, `pause`. Where neighbouring lanes are added cheaply
-(`ACROSS`) rows keep their own order, and there is a word more: `sums`.
+names), the CPU that EDGEQ_ISA compiles for together with these, sizes (WIDTH, TILE_COLS, UNIT,
+OFFSET) and the words, all of which `portable` has and explains: others define those that they do
+better. Where neighbouring lanes are added cheaply (`ACROSS`) rows keep their own order, and there
+are more words: `sums`, `missing` and `signed` (neon), and where UNIT is 8 `quads` (i8mm).
 """
 
 import ctypes

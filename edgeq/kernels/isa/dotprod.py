@@ -29,6 +29,7 @@ __all__ = [
     "spread",
     "stacked",
     "starts",
+    "sums",
     "to_f16",
 ]
 
@@ -61,7 +62,7 @@ def sums(
     """
     held = [e.fill(I32, 4, 0)] * len(groups)
     if zeros:
-        held = _loaded(e, e.fill(I32, 4 * len(groups), 0), 4)
+        held = _loaded(e, 0, len(groups), 4)
     for k, group in enumerate(groups):
         for w, x in group:
             held[k] = dot(e, held[k], w, x, signed=True)
@@ -72,11 +73,10 @@ def sums(
     return e.pick(e.widen(e.join(held), I32, signed=True), range(len(groups)))
 
 
-def _loaded(e: Emit, constant: Value, lanes: int) -> list[Value]:
-    """Parts of a constant, from memory wherever the optimizer has forgotten it."""
-    place = e.unknown(constant)
-    kind = vector(constant.type.element, lanes)
-    return [e.load(kind, place, 4 * k) for k in range(0, constant.type.count, lanes)]
+def _loaded(e: Emit, value: int, count: int, lanes: int) -> list[Value]:
+    """i32[lanes] of `value`, so many times, each loaded."""
+    place = e.unknown(I32, count * lanes, value)
+    return [e.load(vector(I32, lanes), place, 4 * lanes * k) for k in range(count)]
 
 
 def _halved(e: Emit, a: Value, b: Value) -> Value:
@@ -87,8 +87,7 @@ def _halved(e: Emit, a: Value, b: Value) -> Value:
 
 def starts(e: Emit, count: int, lanes: int) -> list[Value]:
     """MAGIC, from memory: see `sums`."""
-    e.forget_memory()
-    return _loaded(e, e.fill(I32, count * lanes, MAGIC), lanes)
+    return _loaded(e, MAGIC, count, lanes)
 
 
 def counted(e: Emit, total: Value) -> Value:

@@ -79,8 +79,8 @@ def _wide_pairs(e: Emit, v: Value) -> Value:
 
 def spread(e: Emit, kind: ir.Type, pointer: Value, count: int, lanes: int) -> list[Value]:
     """Lanes of a vector if one has them all; more would leave too few registers for products."""
-    alone = portable.spread if count > 4 else by_lane
-    return alone(e, kind, pointer, count, lanes)
+    read = portable.spread if count > 4 else by_lane
+    return read(e, kind, pointer, count, lanes)
 
 
 def by_lane(e: Emit, kind: ir.Type, pointer: Value, count: int, lanes: int) -> list[Value]:
