@@ -90,6 +90,7 @@ class Shape:
 SHAPES = {
     shape.name: shape
     for shape in (
+        Shape("SmolLM-135M", 30, 576, 1536, 9, 3, 64, 49152, True),
         Shape("SmolLM2-135M", 30, 576, 1536, 9, 3, 64, 49152, True),
         Shape("Qwen2.5-0.5B", 24, 896, 4864, 14, 2, 64, 151936, True),
         Shape("TinyLlama-1.1B", 22, 2048, 5632, 32, 4, 64, 32000, False),
@@ -138,7 +139,7 @@ class Published:
 _QWEN = "llama.cpp #26484, #13079"
 PUBLISHED = [
     Published("Pi Zero 2 W", "SmolLM2-135M", "Q4_K_M", 14, 10, "ravijo/pi-llm"),
-    Published("Pi 4", "SmolLM2-135M", "Q2_K", 0, 33, "yzma BENCHMARKS.md"),
+    Published("Pi 4", "SmolLM-135M", "Q2_K", 0, 33, "yzma BENCHMARKS.md"),
     Published("Pi 4", "TinyLlama-1.1B", "Q8_0", 10, 3, "justine.lol/matmul"),
     Published("Pi 5", "Qwen2.5-0.5B", "Q4_0", 290, 33.8, "learn.arm.com llm-decode-roofline"),
     Published("Pi 5", "Qwen2.5-0.5B", "Q2_K", 0, 30.4, _QWEN),
