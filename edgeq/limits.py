@@ -22,7 +22,7 @@ from edgeq.kernels import isa as isas
 from edgeq.kernels.layout import DOT_CHAINS
 from edgeq.kernels.program import TEAM_KERNELS, Op, Program, Team, aligned
 
-__all__ = ["Limits", "measure", "measured", "sustained"]
+__all__ = ["Limits", "measure", "measured", "products", "sustained"]
 
 READ_BYTES = 1 << 30  # so many that also the caches of a server hold little of them
 DOT_STEPS = 1 << 21
@@ -43,25 +43,33 @@ def measure(threads: int, cores: int) -> Limits:
 
     cores: threads that can run at the same time.
     """
-    products = threads * DOT_STEPS * DOT_CHAINS * isas.choose().WIDTH
-    with _programs(threads, cores) as (size, read, dot):
+    with _programs(threads, cores, READ_BYTES) as (size, read, _):
         gbs = size / min(_times(read, REPEATS)) / 1e9
-        return Limits(threads, gbs, products / min(_times(dot, REPEATS)) / 1e9)
+    return Limits(threads, gbs, products(threads, cores))
+
+
+def products(threads: int, cores: int) -> float:
+    """1e9 8-bit multiply-adds per second: the best of several runs."""
+    count = threads * DOT_STEPS * DOT_CHAINS * int(isas.choose().WIDTH)
+    with _programs(threads, cores, 4096) as (_, _, dot):
+        return count / min(_times(dot, REPEATS)) / 1e9
 
 
 def sustained(threads: int, cores: int) -> float:
     """1e9 bytes per second that go on coming from memory: the median of runs. Takes a second or
     two, on a slow board five.
     """
-    with _programs(threads, cores) as (size, read, _):
+    with _programs(threads, cores, READ_BYTES) as (size, read, _):
         return size / statistics.median(_times(read, LONG_REPEATS)) / 1e9
 
 
 @contextlib.contextmanager
-def _programs(threads: int, cores: int) -> Iterator[tuple[int, Program, Program]]:
-    """How many bytes are read, the program that reads them, and the one of products."""
+def _programs(threads: int, cores: int, most: int) -> Iterator[tuple[int, Program, Program]]:
+    """How many bytes are read (`most`, if memory allows), the program that reads them, and the one
+    of products.
+    """
     addresses = load(("probe_read", "probe_dot", *TEAM_KERNELS), isas.choose())
-    sums, source = aligned(64 * threads), _like_a_file(min(READ_BYTES, memory.available() // 4))
+    sums, source = aligned(64 * threads), _like_a_file(min(most, memory.available() // 4))
     size = source.nbytes
     start, out = int(source.ctypes.data), int(sums.ctypes.data)
     ops = (

@@ -172,7 +172,7 @@ def measured(
         cache.remember(f"rates-{kind}", isa, kept)
         share = 1 if tokens == 1 else TOGETHER
         rates[kind] = {fmt: kept[fmt] * count * share for fmt in wanted}
-    dot = limits.measure(many, machine.usable).dot_gmacs
+    dot = limits.products(many, machine.usable)
     read = limits.sustained(few, machine.usable)
     return Rates((few, many), read, rates["row"], rates["tile"], dot, "measured here, now")
 

@@ -16,7 +16,6 @@ from edgeq.errors import FormatError, RequestError
 from edgeq.gguf import GgufWriter, open_gguf
 from edgeq.kernels import cache
 from edgeq.kernels import isa as isas
-from edgeq.limits import Limits
 from edgeq.rates import Rates
 from edgeq.recipe import Model, Recipe
 from edgeq.sizes import MIXTURES, blueprints
@@ -223,7 +222,7 @@ def test_of_kernels_the_best_measured_rate_is_kept(monkeypatch: pytest.MonkeyPat
     kept: dict[str, dict[str, float]] = {}
     monkeypatch.setattr(cache, "recall", lambda name, isa: kept.get(name))
     monkeypatch.setattr(cache, "remember", lambda name, isa, values: kept.update({name: values}))
-    monkeypatch.setattr(limits, "measure", lambda threads, cores: Limits(threads, 7.0, 9.0))
+    monkeypatch.setattr(limits, "products", lambda threads, cores: 9.0)
     monkeypatch.setattr(limits, "sustained", lambda threads, cores: 6.0)
     monkeypatch.setattr(rates, "SECONDS", 0.005)
     monkeypatch.setattr(rates, "MORE_SECONDS", 0.005)
