@@ -6,8 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
+from randomllama import Llama
+
 from edgeq import blocks, devices
-from edgeq.recipe import Model, Recipe, assign
+from edgeq.recipe import Recipe
 
 Cost = Mapping[str, float]  # by format
 
@@ -47,55 +49,15 @@ BOARDS = [
 ]
 
 
-@dataclass(frozen=True)
-class Shape:
-    """A llama-like model by its sizes."""
-
-    name: str
-    layers: int
-    width: int
-    ff: int
-    heads: int
-    kv_heads: int
-    dim: int
-    vocab: int
-    tied: bool
-
-    def matrices(self) -> list[tuple[str, tuple[int, ...]]]:
-        """(name, shape) of what a token is multiplied with."""
-        width, q, kv = self.width, self.heads * self.dim, self.kv_heads * self.dim
-        of_layer = {
-            "attn_q": (q, width), "attn_k": (kv, width), "attn_v": (kv, width),
-            "attn_output": (width, q), "ffn_gate": (self.ff, width), "ffn_up": (self.ff, width),
-            "ffn_down": (width, self.ff),
-        }  # fmt: skip
-        found: list[tuple[str, tuple[int, ...]]] = [
-            (f"blk.{i}.{name}.weight", shape)
-            for i in range(self.layers)
-            for name, shape in of_layer.items()
-        ]
-        head = "token_embd.weight" if self.tied else "output.weight"
-        return [*found, (head, (self.vocab, width))]
-
-    def weights(self, recipe: str) -> dict[str, int]:
-        """Weights by format."""
-        shapes = self.matrices()
-        formats = assign(Recipe.load(recipe), shapes, Model(self.layers, self.heads, self.kv_heads))
-        out: dict[str, int] = {}
-        for name, (rows, cols) in shapes:
-            out[formats[name]] = out.get(formats[name], 0) + rows * cols
-        return out
-
-
 SHAPES = {
     shape.name: shape
     for shape in (
-        Shape("SmolLM-135M", 30, 576, 1536, 9, 3, 64, 49152, True),
-        Shape("SmolLM2-135M", 30, 576, 1536, 9, 3, 64, 49152, True),
-        Shape("Qwen2.5-0.5B", 24, 896, 4864, 14, 2, 64, 151936, True),
-        Shape("TinyLlama-1.1B", 22, 2048, 5632, 32, 4, 64, 32000, False),
-        Shape("Llama-3.2-3B", 28, 3072, 8192, 24, 8, 128, 128256, True),
-        Shape("Llama-3.1-8B", 32, 4096, 14336, 32, 8, 128, 128256, False),
+        Llama("SmolLM-135M", 30, 576, 1536, 9, 3, 49152, tied=True),
+        Llama("SmolLM2-135M", 30, 576, 1536, 9, 3, 49152, tied=True),
+        Llama("Qwen2.5-0.5B", 24, 896, 4864, 14, 2, 151936, tied=True),
+        Llama("TinyLlama-1.1B", 22, 2048, 5632, 32, 4, 32000),
+        Llama("Llama-3.2-3B", 28, 3072, 8192, 24, 8, 128256, tied=True),
+        Llama("Llama-3.1-8B", 32, 4096, 14336, 32, 8, 128256),
     )
 }
 
@@ -113,7 +75,12 @@ class Published:
 
     @cached_property
     def weights(self) -> dict[str, int]:
-        return SHAPES[self.model].weights(self.recipe)
+        shape = SHAPES[self.model]
+        formats = shape.formats(Recipe.load(self.recipe))
+        out: dict[str, int] = {}
+        for name, (rows, cols) in shape.matrices():
+            out[formats[name]] = out.get(formats[name], 0) + rows * cols
+        return out
 
     def decoded(self, board: Board, cycles: Cost) -> tuple[float, float]:
         """Tokens per second by memory alone, and with the cycles of row kernels beside it: a matrix

@@ -25,7 +25,7 @@ class Llama:
     heads: int
     kv_heads: int
     vocab: int
-    context: int
+    context: int = 2048
     tied: bool = False
 
     def shapes(self) -> list[tuple[str, tuple[int, ...]]]:
@@ -42,6 +42,15 @@ class Llama:
             out += [(at + n, (ff, width)) for n in ("ffn_gate.weight", "ffn_up.weight")]
             out += [(at + "ffn_down.weight", (width, ff))]
         return out
+
+    def matrices(self) -> list[tuple[str, tuple[int, ...]]]:
+        """Those of `shapes` that a token is multiplied with."""
+        unused = "" if self.tied else "token_embd.weight"
+        return [(name, shape) for name, shape in self.shapes() if shape[1:] and name != unused]
+
+    def formats(self, recipe: Recipe) -> dict[str, str]:
+        """Of each tensor."""
+        return assign(recipe, self.shapes(), Model(self.layers, self.heads, self.kv_heads))
 
     def metadata(self, file_type: int) -> dict[str, object]:
         """All but the vocabulary."""
@@ -64,7 +73,7 @@ class Llama:
     def write(self, out: Path, recipe: str, vocabulary: dict[str, object]) -> None:
         """Write the file; vocabulary: its metadata."""
         rng, chosen, shapes = np.random.default_rng(0), Recipe.load(recipe), self.shapes()
-        formats = assign(chosen, shapes, Model(self.layers, self.heads, self.kv_heads))
+        formats = self.formats(chosen)
         specs = [TensorSpec(name, shape, get(formats[name])) for name, shape in shapes]
         metadata = {**self.metadata(chosen.file_type), **vocabulary}
         with GgufWriter(out, metadata, specs, force=True) as writer:
