@@ -15,6 +15,7 @@ from edgeq import blocks
 from edgeq.cache import turn
 from edgeq.kernels import isa as isas
 from edgeq.kernels import layout
+from edgeq.kernels.dot import sums_of
 from edgeq.kernels.panel import Lanes, lanes_of
 from edgeq.kernels.program import arguments
 
@@ -122,20 +123,15 @@ def inputs(
         nothing = place(np.zeros(0, np.float32))
         return {"x": place(full), "xd": nothing, "xs": nothing}, x.astype(np.float64)
     codes = kit.quantize(x)
+    sums = lanes.sums if lanes else sums_of(fmt, isas.modules()[isa])
     arrays = {
         "x": kit.in_order(codes.q, isa)
         if columns == 1
         else kit.interleaved(codes.q, columns, isas.modules()[isa].UNIT),
         "xd": kit.interleaved(codes.d, columns),
-        "xs": kit.interleaved(_sums(codes, fmt, lanes), columns),
+        "xs": kit.interleaved(codes.named(sums), columns),
     }
     return {key: place(value) for key, value in arrays.items()}, codes.values
-
-
-def _sums(codes: kit.Codes, fmt: blocks.BlockFormat, lanes: Lanes | None) -> np.ndarray:
-    if lanes is None or lanes.minimum:
-        return codes.sums(fmt.group)
-    return codes.negative(lanes.sum_group)
 
 
 # -- activations -----------------------------------------------------------------------------------

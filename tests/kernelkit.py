@@ -241,6 +241,11 @@ class Codes:
         """float64 [tokens, cols]"""
         return self.q.astype(np.float64) * np.repeat(self.d.astype(np.float64), 32, axis=1)
 
+    def named(self, sums: str) -> np.ndarray:
+        """Sums by their name in layout.PREPARE."""
+        kind, group = sums[:4], int(sums[4:])
+        return self.sums(group) if kind == "sums" else self.negative(group)
+
     def sums(self, group: int) -> np.ndarray:
         """f32 [tokens, cols / group]: scale times the sum of a group's codes."""
         return -self.negative(group).astype(np.float32) * np.repeat(self.d, 32 // group, axis=1)

@@ -43,10 +43,10 @@ BOARDS = {"cortex-a76": "rpi5", "cortex-a72": "rpi4", "cortex-a53": "rpizero2w"}
 SHARES = {
     "cortex-a76": {
         "Q8_0": 0.75, "Q4_0": 0.75, "Q4_K": 0.75, "Q5_K": 0.75, "Q6_K": 0.75, "Q3_K": 1.35,
-        "Q2_K": 1.56,
+        "Q2_K": 1.49,
     },
     "cortex-a72": {"Q8_0": 1.0, "Q4_0": 1.0, "Q4_K": 1.0, "Q6_K": 1.0, "Q3_K": 1.0, "Q2_K": 1.0},
-    "cortex-a53": {"Q8_0": 1.0, "Q4_0": 1.0, "Q4_K": 1.0, "Q6_K": 1.0, "Q3_K": 1.3, "Q2_K": 1.32},
+    "cortex-a53": {"Q8_0": 1.0, "Q4_0": 1.0, "Q4_K": 1.0, "Q6_K": 1.0, "Q3_K": 1.3, "Q2_K": 1.3},
 }  # fmt: skip
 # Of the peak of 32 products per cycle (of bytes), or of 8, which tiles reach.
 TILES_REACH = {

@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 
 from edgeq import blocks
+from edgeq.kernels import isa as isas
 from edgeq.kernels import layout
+from edgeq.kernels.dot import sums_of
 
 
 def row_lengths(fmt: blocks.BlockFormat) -> list[int]:
@@ -14,11 +16,9 @@ def row_lengths(fmt: blocks.BlockFormat) -> list[int]:
 
 
 def product(isa: str, fmt: blocks.BlockFormat, row: np.ndarray, x: kit.Codes) -> float:
-    return float(
-        emitcases.products(isa, fmt.name, row, [[kit.in_order(x.q, isa), x.d, x.sums(fmt.group)]])[
-            0
-        ]
-    )
+    sums = x.named(sums_of(fmt, isas.modules()[isa]))
+    column = [kit.in_order(x.q, isa), x.d, sums]
+    return float(emitcases.products(isa, fmt.name, row, [column])[0])
 
 
 def check(isa: str, fmt: blocks.BlockFormat, row: np.ndarray, x: kit.Codes) -> None:

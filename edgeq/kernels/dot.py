@@ -2,11 +2,12 @@
 order.
 
 Activations are int8 (in the order of `kernels.order` unless sums go across lanes) with a scale per
-32 (`xd`) and their sums times that scale per group (`xs`), or plain f32 for float formats.
+32 (`xd`) and their sums per group (`xs`, see `sums_of`), or plain f32 for float formats.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from types import ModuleType
 
 from edgeq.blocks import BlockFormat
 from edgeq.kernels.codes import (
@@ -25,13 +26,13 @@ from edgeq.kernels.codes import (
 from edgeq.kernels.llvm import F16, F32, I8, I16, I32, Emit, Value, vector
 from edgeq.kernels.order import QUARTER, STEP, codes_in_order, groups_of
 
-__all__ = ["Column", "Reader", "floats_at", "row_dots"]
+__all__ = ["Column", "Reader", "floats_at", "row_dots", "sums_of"]
 
 
 @dataclass(frozen=True)
 class Column:
-    """Pointers to one column of activations: x i8[cols], xd f32[cols/32], xs f32[cols/group]; for
-    float formats x f32[cols], and the others are not read.
+    """Pointers to one column of activations: x i8[cols], xd f32[cols/32], xs f32 or i32[cols/group]
+    (see `sums_of`); for float formats x f32[cols], and the others are not read.
     """
 
     x: Value
@@ -50,6 +51,21 @@ class Reader:
 
     def further(self, e: Emit, offset: Value) -> "Reader":
         return replace(self, w=e.at(self.w, offset))
+
+
+def sums_of(fmt: BlockFormat, isa: ModuleType) -> str:
+    """Which sums of activations a row reads (see layout.PREPARE)."""
+    if isa.ACROSS and _counts_minimums(fmt):
+        return f"ints{fmt.group}"
+    return "sums16" if fmt.group == 16 else "sums32"
+
+
+def _counts_minimums(fmt: BlockFormat) -> bool:
+    """Whether minimums change within a scale of activations, of which there are half as many, and
+    fit 16 bits when multiplied with a sum of activations.
+    """
+    nested = "dmin" in fmt.fields and fmt.group < 32
+    return nested and 127 * fmt.group * fmt.limits("m")[1] < 1 << 15
 
 
 def row_dots(
@@ -172,13 +188,14 @@ def _steps_across(
     def body(i: Value, totals: list[Value]) -> list[Value]:
         step = e.at(row.w, e.b.mul(i, e.i64(c.bytes)))
         e.prefetch(step, row.ahead, c.bytes)
+        if _counts_minimums(c.fmt):
+            return _step_of_integers(e, c, step, _here(e, c, columns, i), totals)
         d, m = scale_and_size(e, c, step)
         sub = None
         if "sc" in c.fmt.fields:
-            d = e.splat(e.lane(block_scales(e, c, "d", step), 0), c.weights // 32)
+            d = _block_scale(e, c, "d", step)
             sub = integers(e, c, "sc", step)
-        # From the end: the lowest bits of a byte are taken last, when the rest is not needed.
-        w = [_centred(e, c, step, first) for first in reversed(range(0, c.weights, QUARTER))][::-1]
+        w = _step_codes(e, c, step)
         new = []
         for column, total in zip(_here(e, c, columns, i), totals, strict=True):
             if m is not None:
@@ -189,6 +206,34 @@ def _steps_across(
 
     found = e.loop(count, [e.fill(F32, c.weights // 32, 0.0)] * len(columns), body)
     return [e.halve_sum(total) for total in found]
+
+
+def _step_of_integers(
+    e: Emit, c: Coding, step: Value, columns: Sequence[Column], totals: list[Value]
+) -> list[Value]:
+    """A step whose minimums are summed up as integers, too, for each scale of activations."""
+    d, dmin = (_block_scale(e, c, name, step) for name in ("d", "dmin"))
+    sub, m = (integers(e, c, name, step) for name in ("sc", "m"))
+    w = _step_codes(e, c, step)
+    new = []
+    for column, total in zip(columns, totals, strict=True):
+        counts = _scaled(e, c, _counts(e, c, w, column, zeros=True), sub)
+        small = (e.b.trunc(v, vector(I16, c.groups)) for v in (m, e.load(m.type, column.xs)))
+        minimums = e.isa.neighbours(e, e.b.mul(*small))
+        part = e.fma(e.floats(minimums), dmin, e.mul(e.floats(counts), d))
+        new.append(e.fma(part, e.load(part.type, column.xd), total))
+    return new
+
+
+def _block_scale(e: Emit, c: Coding, name: str, step: Value) -> Value:
+    """The scale of a step of one block, in a lane per 32 weights."""
+    return e.splat(e.lane(block_scales(e, c, name, step), 0), c.weights // 32)
+
+
+def _step_codes(e: Emit, c: Coding, step: Value) -> list[Value]:
+    """From the end: the lowest bits of a byte are taken last, when the rest is not needed."""
+    starts = range(0, c.weights, QUARTER)
+    return [_centred(e, c, step, first) for first in reversed(starts)][::-1]
 
 
 def _centred(e: Emit, c: Coding, step: Value, first: int) -> Value:
@@ -212,21 +257,31 @@ def _behind(c: Coding) -> int:
 
 def _part(e: Emit, c: Coding, w: list[Value], sub: Value | None, column: Column) -> Value:
     """f32 lane per 32 weights: everything but the scale d."""
-    pairs = [(v, e.load(v.type, column.x, QUARTER * k)) for k, v in enumerate(w)]
-    per = c.fmt.group // QUARTER
-    groups = [pairs[k : k + per] for k in range(0, len(pairs), per)]
     # In blocks of 32 loading and joining eight scales is what takes longest: no more loads there.
-    counts = e.isa.sums(e, groups, _peak(c), zeros=sub is not None)
-    if per == 1 and sub is not None:
-        counts = e.b.mul(counts, sub)
-        counts, sub = e.b.add(*(e.pick(counts, range(k, c.groups, 2)) for k in (0, 1))), None
+    counts = _counts(e, c, w, column, zeros=sub is not None)
     if sub is not None and not _behind(c):
-        counts, sub = e.b.mul(counts, sub), None
+        counts, sub = _scaled(e, c, counts, sub), None
     n = counts.type.count
     part = e.mul(e.floats(counts), e.load(vector(F32, n), column.xd))
     if _behind(c):
         part = e.fma(e.load(part.type, column.xs), e.fill(F32, n, _behind(c)), part)
     return part if sub is None else e.mul(part, e.floats(sub))
+
+
+def _counts(e: Emit, c: Coding, w: list[Value], column: Column, *, zeros: bool) -> Value:
+    """i32[groups]: sums of codes times activations."""
+    pairs = [(v, e.load(v.type, column.x, QUARTER * k)) for k, v in enumerate(w)]
+    per = c.fmt.group // QUARTER
+    groups = [pairs[k : k + per] for k in range(0, len(pairs), per)]
+    return e.isa.sums(e, groups, _peak(c), zeros=zeros)
+
+
+def _scaled(e: Emit, c: Coding, counts: Value, sub: Value) -> Value:
+    """i32 lane per 32 weights: counts times sub-scales."""
+    counts = e.b.mul(counts, sub)
+    if c.fmt.group == 32:
+        return counts
+    return e.b.add(*(e.pick(counts, range(k, c.groups, 2)) for k in (0, 1)))
 
 
 def _peak(c: Coding) -> int:

@@ -56,7 +56,7 @@ PREPARE = (
 )
 
 # x, xd, xs: activations as rows.quantize_row leaves them (float formats: x f32[token][cols]), and
-# which of their sums: f32 ones per group for rows, for panels those that panel.Lanes names;
+# which of their sums: for rows those of dot.sums_of, for panels those that panel.Lanes names;
 # bias: 0 or address of f32[rows]; add: 1 to add to out. Threads take work in turns, from a counter
 # at `taken` that is 0 before: `chunk` rows at a time, or `group` panels. ahead: bytes of a row that
 # are asked for in advance; private: bytes from one thread's x, xd, xs to the next one's, 0: shared

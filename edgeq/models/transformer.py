@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from edgeq.cache import KvCache
 from edgeq.kernels import layout
+from edgeq.kernels.dot import sums_of
 from edgeq.kernels.panel import lanes_of
 from edgeq.kernels.program import Op, aligned, arguments
 from edgeq.models.arch import Arch
@@ -306,7 +307,7 @@ class Transformer:
         """Which sums of activations a product with `m` reads."""
         if many and m.format.value != "x":
             return lanes_of(m.format, self.isa).sums
-        return "sums16" if m.format.group == 16 else "sums32"
+        return sums_of(m.format, self.isa)
 
     def _heads(self, index: int) -> dict[str, int]:
         """What rope and attention share: counts and one layer's caches."""

@@ -4,7 +4,8 @@ A module states its NAME, its RANK among those a machine can run, the features i
 names), the CPU that EDGEQ_ISA compiles for together with these, sizes (WIDTH, TILE_COLS, UNIT,
 OFFSET) and the words, all of which `portable` has and explains: others define those that they do
 better. Where neighbouring lanes are added cheaply (`ACROSS`) rows keep their own order, and there
-are more words: `sums`, `missing` and `signed` (neon), and where UNIT is 8 `quads` (i8mm).
+are more words: `sums`, `neighbours`, `missing` and `signed` (neon), and where UNIT is 8 `quads`
+(i8mm).
 """
 
 import ctypes

@@ -77,6 +77,12 @@ def _wide_pairs(e: Emit, v: Value) -> Value:
     return e.call("llvm.aarch64.neon.saddlp.v4i32.v8i16", vector(I32, 4), [v])
 
 
+def neighbours(e: Emit, v: Value) -> Value:
+    """i32[n/2]: sums of two neighbours of i16[n]."""
+    parts = [e.pick(v, range(k, k + 8)) for k in range(0, v.type.count, 8)]
+    return e.join([_wide_pairs(e, part) for part in parts])
+
+
 def spread(e: Emit, kind: ir.Type, pointer: Value, count: int, lanes: int) -> list[Value]:
     """Lanes of a vector if one has them all; more would leave too few registers for products."""
     read = portable.spread if count > 4 else by_lane
