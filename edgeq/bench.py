@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from edgeq import cpus, devices, machine, memory, sensors
+from edgeq import cpus, machine, memory, sensors
 from edgeq.checks import whole
 from edgeq.engine import Model, load
 from edgeq.errors import RequestError
@@ -131,8 +131,8 @@ def run(
     for count in (*plan.threads, *plan.threads_batch):
         whole("threads", 1 if count is None else count, 1, 256)
     tests = {path: _fitting(path, plan) for path in paths}
-    few, many = devices.threads(cpus.find())
     for path in tests:
+        few, many = _usual(path)
         done: set[tuple[Test, int]] = set()
         for t, tb in itertools.product(plan.threads, plan.threads_batch):
             threads = t or few
@@ -144,6 +144,16 @@ def run(
                 done.update(todo.items())
                 options = {"threads": threads, "threads_batch": batch, "on_compile": on_compile}
                 yield from _series(path, todo, plan, progress, options)
+
+
+def _usual(path: str | Path) -> tuple[int, int]:
+    """Threads that a model generates and reads prompts with, where nobody says how many."""
+    from edgeq import models, rates
+    from edgeq.gguf import open_gguf
+    from edgeq.models import weights
+
+    with open_gguf(path) as gguf:
+        return rates.threads(weights.bind(gguf, models.arch_of(gguf)).matrices, cpus.find())
 
 
 def _fitting(path: str | Path, plan: Plan) -> list[Test]:

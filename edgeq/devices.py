@@ -151,6 +151,19 @@ class Device:
         sizes = sorted(self.ram_gib) if len(self.ram_gib) > 1 else []
         return [self.id, *(f"{self.id}-{size:g}gb" for size in sizes)]
 
+    @property
+    def decode_choices(self) -> list[int]:
+        """Numbers of threads that may generate best: the usual one, then others whose reading was
+        measured. More of them help where arithmetic takes longer than memory.
+
+        >>> get("rpi5").decode_choices, get("rpi4").decode_choices
+        ([2, 1, 4], [4])
+        """
+        fast = self.cores[0].count if self.cores else 1
+        usual = self.decode_threads or fast
+        known = {r.threads for r in self.read if (r.kind, r.how) == ("measured", "read")}
+        return [usual, *sorted(n for n in known if n and n <= fast and n != usual)]
+
     def limit(self, threads: int) -> Read | None:
         """Read bandwidth with so many threads: measured with just as many if possible, else with
         the most below, else with any, else the data sheet's; None where nothing is known.

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Unpack
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeq import cache, cpus, devices, memory, models
+from edgeq import cache, cpus, memory, models, rates
 from edgeq.answer import Options, Penalties, Stats, answer, until
 from edgeq.checks import stop_texts, token_ids, whole
 from edgeq.closing import Closing
@@ -55,11 +55,11 @@ def load(
     """Open a GGUF file for inference.
 
     threads: default one per physical performance core that this process may use, fewer where memory
-    gives most to fewer. threads_batch: the same for prompts; default as many as threads, if these
-    are given. ctx: positions of the KV cache; default what the model was trained on, at most 4096.
-    kv: type of the KV cache, f16, bf16, f32, q8_0 or q4_0, or a pair: of keys, of values.
-    on_compile(kernel, done, total) is called while kernels are compiled, once per machine and edgeq
-    version.
+    gives most to fewer and the model's formats need no more. threads_batch: the same for prompts;
+    default as many as threads, if these are given. ctx: positions of the KV cache; default what the
+    model was trained on, at most 4096. kv: type of the KV cache, f16, bf16, f32, q8_0 or q4_0, or a
+    pair: of keys, of values. on_compile(kernel, done, total) is called while kernels are compiled,
+    once per machine and edgeq version.
 
     Raises FormatError, ModelError for the file; RequestError for ctx, thread counts or kv;
     ResourceError when memory does not suffice.
@@ -100,10 +100,10 @@ class Model(Closing):
         self.arch: Arch = models.arch_of(gguf)
         self.tokenizer = load_tokenizer(gguf)
         machine = cpus.find()
-        few, many = devices.threads(machine)
+        bound = weights.bind(gguf, self.arch)
+        few, many = rates.threads(bound.matrices, machine)
         self.threads = _count("threads", threads, few)
         self.threads_batch = _count("threads_batch", threads_batch, threads or many)
-        bound = weights.bind(gguf, self.arch)
         self.warnings = [f"tensor {name} is not used" for name in bound.unused]
         self.kv_types = cache.kv_types(kv)  # of keys, of values
         self.ctx = self._context(ctx)

@@ -5,7 +5,7 @@ are about as fast they are in each other's way, as a power mean of their times s
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Literal
 
@@ -13,13 +13,12 @@ from edgeq import cache
 from edgeq.blueprint import Blueprint, File
 from edgeq.errors import RequestError
 from edgeq.models.arch import Arch
-from edgeq.rates import Rates
+from edgeq.rates import Rates, fastest, seconds, slower
 
 __all__ = ["CONTEXT", "Efficiency", "Row", "Speed", "closest", "predict", "recommended", "rows"]
 
 CONTEXT = 4096  # positions, where the model was trained on so many and none are asked for
 PROMPT = 512  # tokens
-SMOOTH = 3  # exponent of the power mean; fitted to products measured from memory
 # The rest of a layer, in terms of what kernels of floats do: multiply-adds of attention cost what
 # those of an F16 matrix do, times this; each value that is normed, gated or quantized so many.
 ATTENTION_ROW, ATTENTION_TILE, VALUE = 1.4, 1.3, 40.0
@@ -52,6 +51,7 @@ class Row:
     largest: int | None  # positions that fit
     prefill: Speed | None
     decode: Speed | None
+    threads: int | None = None  # of generation
 
 
 def rows(
@@ -84,13 +84,18 @@ def rows(
             f"depth {depth}: {blueprint.name} would have a context of {context} positions: "
             f"use -d {context - 1} or less, or a larger -c"
         )
-    threads = rates.threads if rates else (1, 1)
     found = []
     for file in blueprint.files:
+        # Of another engine only the share of what memory gives at most is known.
+        own = fastest(file.matrices, rates) if rates and not efficiency else rates
+        threads = own.threads if own else (1, 1)
         need = file.ram(context, kv, threads, isa)
         largest = file.largest_context(ram, kv, threads, isa)
-        speeds = predict(file, rates, kv, depth, efficiency) if rates else (None, None)
-        found.append(Row(file, context, need, need <= ram, largest, *speeds))
+        row = Row(file, context, need, need <= ram, largest, None, None)
+        if own:
+            prefill, decode = predict(file, own, kv, depth, efficiency)
+            row = replace(row, prefill=prefill, decode=decode, threads=own.threads[0])
+        found.append(row)
     return found
 
 
@@ -147,27 +152,16 @@ def _prefill(file: File, arch: Arch, rates: Rates, depth: int) -> Speed | None:
 
 
 def _decode(file: File, arch: Arch, rates: Rates, kv: tuple[str, str], depth: int) -> Speed:
-    reading = computing = both = 0.0
-    for m in file.matrices:
-        read = m.rows * m.row_bytes / rates.read / 1e9
-        row = rates.row.get(m.format.name)
-        compute = m.rows * m.cols / row / 1e9 if row else 0.0
-        reading, computing = reading + read, computing + compute
-        both += _slower(read, compute)
+    reading, computing, both = seconds(file.matrices, rates)
     floats = rates.row.get("F16", 0.0) * 1e9
     kept = cache.bytes_per_position(arch, kv) * depth / rates.read / 1e9
     attention = ATTENTION_ROW * _attended(arch) * depth / floats if floats else 0.0
     rest = OP * OPS * arch.block_count
     rest += VALUE * _values(arch) / floats if floats else 0.0
-    total = both + _slower(kept, attention) + rest
+    total = both + slower(kept, attention) + rest
     if attention > both:
         return Speed(1 / total, "attention")
     return Speed(1 / total, "memory" if reading > computing else "compute")
-
-
-def _slower(a: float, b: float) -> float:
-    """The longer of two times that pass together."""
-    return float((a**SMOOTH + b**SMOOTH) ** (1 / SMOOTH))
 
 
 def _attended(arch: Arch) -> int:

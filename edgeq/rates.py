@@ -5,13 +5,14 @@ bytes that memory delivers: what `edgeq.plan` makes tokens per second of.
 """
 
 import math
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from time import perf_counter
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from edgeq import blocks, cpus, devices, limits
+from edgeq.cpus import Cpus
 from edgeq.data import find, from_table, load_toml
 from edgeq.devices import Device, Read
 from edgeq.errors import FormatError, RequestError
@@ -21,7 +22,10 @@ from edgeq.kernels.program import TEAM_KERNELS, Team
 from edgeq.products import COLS, Products
 from edgeq.tuning import Tuning
 
-__all__ = ["Rates", "measured", "of_device"]
+if TYPE_CHECKING:
+    from edgeq.models.weights import Matrix
+
+__all__ = ["Rates", "fastest", "measured", "of_device", "seconds", "slower", "threads"]
 
 CACHED = 1 << 18  # bytes of a matrix that stays in a core's cache
 AGAIN = 16  # times that it is read in a run
@@ -34,6 +38,8 @@ TOGETHER = 0.94
 # Of the dot products that a core can do, a panel kernel does about so many where nobody knows; one
 # of floats does so much less, and a row of floats in cache again: as devices/cores/ has them.
 PANEL_SHARE, FLOAT_SHARE, FLOAT_ROW = 0.6, 1 / 3, 1 / 16
+SMOOTH = 3  # exponent of the power mean of two times; fitted to products measured from memory
+GAIN = 1.05  # what another number of threads than the usual one must bring
 Progress = Callable[[str, int, int], None]
 
 
@@ -51,6 +57,7 @@ class Rates:
     tile: dict[str, float] = field(default_factory=dict)  # 1e9 multiply-adds per second
     dot: float = 0.0  # 1e9 8-bit multiply-adds per second at most; 0: not known
     source: str = ""  # where the figures come from, for people
+    others: tuple["Rates", ...] = ()  # with other numbers of threads for generation
 
 
 @dataclass(frozen=True)
@@ -65,8 +72,9 @@ class Core:
 def of_device(device: Device, threads: tuple[int, int] | None = None) -> Rates:
     """Predicted rates of a device, whose files say how fast memory and cores are.
 
-    threads: of generation, of prompts; by default those that do best. Raises RequestError for a
-    device of which too little is known, and for more threads than it has cores.
+    threads: of generation, of prompts; by default those that do best, with `others` that may do
+    better for some formats. Raises RequestError for a device of which too little is known, and for
+    more threads than it has cores.
 
     >>> of_device(devices.get("rpi5")).read
     13.23
@@ -77,10 +85,11 @@ def of_device(device: Device, threads: tuple[int, int] | None = None) -> Rates:
             "`edgeq plan` there without --device"
         )
     there, fast = sum(kind.count for kind in device.cores), device.cores[0]
-    few, many = threads or (
-        device.decode_threads or fast.count,
-        device.prefill_threads or fast.count,
-    )
+    if threads is None:
+        many = device.prefill_threads or fast.count
+        usual, *others = (of_device(device, (few, many)) for few in device.decode_choices)
+        return replace(usual, others=tuple(others))
+    few, many = threads
     _at_most(max(few, many), there, device.name)
     limit = device.limit(few)
     assert limit is not None
@@ -97,6 +106,51 @@ def of_device(device: Device, threads: tuple[int, int] | None = None) -> Rates:
         peak * reading,
         f"{_said(limit)}; kernels {_known(core, peak)}",
     )
+
+
+def threads(
+    matrices: "Sequence[Matrix]", machine: Cpus, device: Device | None = None
+) -> tuple[int, int]:
+    """Threads that do best with a model, for generation and for prompts, of those that may run
+    here; device: by default this machine.
+    """
+    device = device or devices.here()
+    few, many = devices.threads(machine, device)
+    if len(device.decode_choices) > 1:
+        few = min(fastest(matrices, of_device(device)).threads[0], machine.threads)
+    return few, many
+
+
+def fastest(matrices: "Sequence[Matrix]", rates: Rates) -> Rates:
+    """The rates with the number of threads that multiplies matrices with one token soonest."""
+
+    def total(of: Rates) -> float:
+        return seconds(matrices, of)[2]
+
+    best = min(rates.others, key=total, default=rates)
+    return best if GAIN * total(best) < total(rates) else rates
+
+
+def seconds(matrices: "Sequence[Matrix]", rates: Rates) -> tuple[float, float, float]:
+    """Seconds that memory takes for a token, that arithmetic takes, and that both take together."""
+    reading = computing = both = 0.0
+    for m in matrices:
+        read = m.rows * m.row_bytes / rates.read / 1e9
+        row = rates.row.get(m.format.name)
+        compute = m.rows * m.cols / row / 1e9 if row else 0.0
+        reading, computing = reading + read, computing + compute
+        both += slower(read, compute)
+    return reading, computing, both
+
+
+def slower(a: float, b: float) -> float:
+    """The longer of two times that pass together; where they are alike they are in each other's
+    way.
+
+    >>> round(slower(1.0, 1.0), 2), round(slower(1.0, 0.5), 2)
+    (1.26, 1.04)
+    """
+    return float((a**SMOOTH + b**SMOOTH) ** (1 / SMOOTH))
 
 
 def _at_most(threads: int, there: int, name: str) -> None:
@@ -163,18 +217,30 @@ def measured(
     isa, machine = isas.choose(), cpus.find()
     few, many = threads or devices.threads(machine)
     _at_most(max(few, many), machine.usable, "this machine")
+    choices = [] if threads else devices.here().decode_choices
+    counts = [few, *(n for n in choices if n != few and n <= machine.threads)]
     rates: dict[str, dict[str, float]] = {}
     wanted = sorted(set(formats))
-    for kind, count, tokens in (("row", few, 1), ("tile", many, TOKENS)):
+    for kind, tokens in (("row", 1), ("tile", TOKENS)):
         kept = _sane(cache.recall(f"rates-{kind}", isa))
         for name, rate in _probe({n: n in kept for n in wanted}, isa, tokens, progress).items():
             kept[name] = max(rate, kept.get(name, 0.0))
         cache.remember(f"rates-{kind}", isa, kept)
-        share = 1 if tokens == 1 else TOGETHER
-        rates[kind] = {fmt: kept[fmt] * count * share for fmt in wanted}
+        rates[kind] = {fmt: kept[fmt] for fmt in wanted}
     dot = limits.products(many, machine.usable)
-    read = limits.sustained(few, machine.usable)
-    return Rates((few, many), read, rates["row"], rates["tile"], dot, "measured here, now")
+    tile = {fmt: rate * many * TOGETHER for fmt, rate in rates["tile"].items()}
+    usual, *others = (
+        Rates(
+            (count, many),
+            limits.sustained(count, machine.usable),
+            {fmt: rate * count for fmt, rate in rates["row"].items()},
+            tile,
+            dot,
+            "measured here, now",
+        )
+        for count in counts
+    )
+    return replace(usual, others=tuple(others))
 
 
 def _sane(kept: dict[str, Any] | None) -> dict[str, float]:

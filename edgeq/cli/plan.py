@@ -157,7 +157,11 @@ def _show_model(
     if not blueprint.exact:
         note("the size of the vocabulary is guessed: it was not fetched")
     show(_table_of(found, best))
-    lines = [*_machine_lines(place, options), *_legend(found, options), *_advice(found, best)]
+    lines = [
+        *_machine_lines(place, options, found),
+        *_legend(found, options),
+        *_advice(found, best),
+    ]
     click.echo(harmless("\n".join(lines)))
 
 
@@ -205,7 +209,11 @@ def _advice(found: "list[Row]", best: "tuple[Row, str] | None") -> list[str]:
     what = f"it {AS_IS}" if row.file.recipe == AS_IS else row.file.recipe
     lines = [f"Take {what}: {reason}."]
     if row.decode:
-        lines += [f"It would generate {_rate(row.decode)} tokens/s, held up by {row.decode.limit}."]
+        count = f"{row.threads} thread{'s' * (row.threads != 1)}"
+        lines += [
+            f"It would generate {_rate(row.decode)} tokens/s with {count}, held up by "
+            f"{row.decode.limit}."
+        ]
     return lines
 
 
@@ -240,12 +248,14 @@ def _rate(speed: "Speed | None") -> str:
     return f"{speed.tokens:.0f}" if speed.tokens >= 100 else f"{speed.tokens:.3g}"
 
 
-def _machine_lines(place: _Place, options: dict[str, Any]) -> list[str]:
+def _machine_lines(place: _Place, options: dict[str, Any], found: "list[Row]") -> list[str]:
     lines = [f"{place.name}: {human(max(place.ram, 0))} of memory for it"]
     if place.rates:
         few, many = place.rates.threads
-        counts = f"{few}" if few == many else f"{few}, prompts {many}"
-        lines += [f"{place.rates.read:.3g} GB/s {place.rates.source}; threads: {counts}"]
+        other = sorted({row.threads for row in found if row.threads} - {few})
+        counts = f"{few}, or {other[-1]} where arithmetic takes longer" if other else f"{few}"
+        counts += f"; prompts {many}" if other or few != many else ""
+        lines += [f"{place.rates.read:.3g} GB/s {place.rates.source}", f"threads: {counts}"]
     if options["efficiency"]:
         decode, prefill = options["efficiency"]
         prompts = "" if prefill is None else f", {prefill:.3g} of the dot products with prompts"
@@ -291,6 +301,7 @@ def _record(row: "Row") -> dict[str, Any]:
         "prefill_limit": row.prefill and row.prefill.limit,
         "decode": row.decode and row.decode.tokens,
         "decode_limit": row.decode and row.decode.limit,
+        "threads": row.threads,
         "divergence": row.file.divergence,
     }
 
@@ -325,7 +336,7 @@ def _sizes(device: str | None, threads: int | None, options: dict[str, Any], as_
     context = f"{wanted} ({less})" if less else f"{wanted}"
     before = f" after {options['depth']} others" * bool(options["depth"])
     lines = [
-        *_machine_lines(place, options),
+        *_machine_lines(place, options, [row for some in found.values() for row in some]),
         f"GiB of RAM with a context of {context}, {_kv(options)};",
         f"tokens generated per second{before} (-: too large)",
     ]
