@@ -8,6 +8,7 @@ from pathlib import Path
 
 import kernelkit as kit
 import pytest
+from armboards import BOARDS
 from armcode import ISA as CPUS
 from armcode import (
     assembly,
@@ -24,7 +25,7 @@ from armcode import (
     tool,
 )
 
-from edgeq import blocks, devices
+from edgeq import blocks
 from edgeq.kernels import rows
 from edgeq.kernels.llvm import F32, Emit, Value, vector
 
@@ -38,7 +39,6 @@ INSTRUCTIONS = {
     "Q4_0": 110, "Q4_1": 130, "Q5_0": 185, "Q5_1": 210, "Q8_0": 96, "Q2_K": 130, "Q3_K": 145,
     "Q4_K": 112, "Q5_K": 135, "Q6_K": 145, "IQ4_NL": 120, "IQ4_XS": 117,
 }  # fmt: skip
-BOARDS = {"cortex-a76": "rpi5", "cortex-a72": "rpi4", "cortex-a53": "rpizero2w"}
 # Of the cycles in which a board's memory delivers them: what rows take at most.
 SHARES = {
     "cortex-a76": {
@@ -110,14 +110,6 @@ def test_inner_loops_without_dot_products(cpu: str, name: str) -> None:
     assert stack_accesses(tile.inner) <= STACK[cpu][1]
 
 
-def bytes_per_cycle(cpu: str) -> float:
-    """That the board's memory has for each of the threads that decode."""
-    board = devices.get(BOARDS[cpu])
-    read = board.limit(board.decode_threads)
-    assert read is not None
-    return read.gbs / board.decode_threads / board.cores[0].ghz
-
-
 @pytest.mark.parametrize(("cpu", "name"), [(cpu, name) for cpu in SHARES for name in SHARES[cpu]])
 @pytest.mark.skipif(tool() is None, reason="needs llvm-mca of LLVM 20 or newer")
 def test_cycles(cpu: str, name: str) -> None:
@@ -125,7 +117,8 @@ def test_cycles(cpu: str, name: str) -> None:
     share of what the core can multiply.
     """
     fmt, wanted, (peak, reached) = blocks.get(name), tile_products(cpu), TILES_REACH[cpu]
-    memory = 256 / fmt.block * fmt.bytes / bytes_per_cycle(cpu)
+    [board] = [board for board in BOARDS if board.core == cpu]
+    memory = 256 / fmt.block * fmt.bytes / board.bytes_per_cycle
     row = cycles_of(row_kernel(name, cpu), 256, cpu) / memory
     tile = wanted / cycles_of(tile_kernel(name, cpu), wanted, cpu) / peak
     assert row <= SHARES[cpu][name]

@@ -19,7 +19,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import armcode
-from boards import BOARDS, PUBLISHED, Board
+from armboards import BOARDS, Board
+from boards import PUBLISHED
 from rich.console import Console
 from rich.table import Table
 
