@@ -132,7 +132,7 @@ def run(
         whole("threads", 1 if count is None else count, 1, 256)
     tests = {path: _fitting(path, plan) for path in paths}
     for path in tests:
-        few, many = _usual(path)
+        few, many = _usual(path) if None in plan.threads else (1, 1)
         done: set[tuple[Test, int]] = set()
         for t, tb in itertools.product(plan.threads, plan.threads_batch):
             threads = t or few

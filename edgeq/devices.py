@@ -152,17 +152,16 @@ class Device:
         return [self.id, *(f"{self.id}-{size:g}gb" for size in sizes)]
 
     @property
-    def decode_choices(self) -> list[int]:
-        """Numbers of threads that may generate best: the usual one, then others whose reading was
-        measured. More of them help where arithmetic takes longer than memory.
+    def more_threads(self) -> list[int]:
+        """Larger numbers of threads than usual that may generate best where arithmetic takes longer
+        than memory: those whose reading was measured.
 
-        >>> get("rpi5").decode_choices, get("rpi4").decode_choices
-        ([2, 1, 4], [4])
+        >>> get("rpi5").more_threads, get("rpi4").more_threads
+        ([4], [])
         """
-        fast = self.cores[0].count if self.cores else 1
-        usual = self.decode_threads or fast
+        most = self.cores[0].count if self.cores else 0
         known = {r.threads for r in self.read if (r.kind, r.how) == ("measured", "read")}
-        return [usual, *sorted(n for n in known if n and n <= fast and n != usual)]
+        return sorted(n for n in known if n and (self.decode_threads or most) < n <= most)
 
     def limit(self, threads: int) -> Read | None:
         """Read bandwidth with so many threads: measured with just as many if possible, else with

@@ -101,9 +101,9 @@ class Model(Closing):
         self.tokenizer = load_tokenizer(gguf)
         machine = cpus.find()
         bound = weights.bind(gguf, self.arch)
-        few, many = rates.threads(bound.matrices, machine)
+        few, many = (threads, threads) if threads else rates.threads(bound.matrices, machine)
         self.threads = _count("threads", threads, few)
-        self.threads_batch = _count("threads_batch", threads_batch, threads or many)
+        self.threads_batch = _count("threads_batch", threads_batch, many)
         self.warnings = [f"tensor {name} is not used" for name in bound.unused]
         self.kv_types = cache.kv_types(kv)  # of keys, of values
         self.ctx = self._context(ctx)

@@ -58,6 +58,7 @@ class Rates:
     dot: float = 0.0  # 1e9 8-bit multiply-adds per second at most; 0: not known
     source: str = ""  # where the figures come from, for people
     others: tuple["Rates", ...] = ()  # with other numbers of threads for generation
+    chosen_by: "Rates | None" = None  # whose figures choose one of these; None: its own
 
 
 @dataclass(frozen=True)
@@ -84,14 +85,20 @@ def of_device(device: Device, threads: tuple[int, int] | None = None) -> Rates:
             f"device {device.id}: its file has no cores or no bandwidth: add them, or run "
             "`edgeq plan` there without --device"
         )
-    there, fast = sum(kind.count for kind in device.cores), device.cores[0]
-    if threads is None:
-        many = device.prefill_threads or fast.count
-        usual, *others = (of_device(device, (few, many)) for few in device.decode_choices)
-        return replace(usual, others=tuple(others))
-    few, many = threads
+    there, fast = sum(kind.count for kind in device.cores), device.cores[0].count
+    few, many = threads or (device.decode_threads or fast, device.prefill_threads or fast)
     _at_most(max(few, many), there, device.name)
-    limit = device.limit(few)
+    return _predicted(device, [few] if threads else _counts(device, few, fast), many)
+
+
+def _predicted(device: Device, counts: Sequence[int], many: int) -> Rates:
+    """With each of some numbers of threads for generation, of which the first is the usual one."""
+    usual, *others = (_of(device, few, many) for few in counts)
+    return replace(usual, others=tuple(others))
+
+
+def _of(device: Device, few: int, many: int) -> Rates:
+    limit, fast = device.limit(few), device.cores[0]
     assert limit is not None
     core = _core(fast.kind)
     decoding, reading = min(few, fast.count), min(many, fast.count)  # cores at work
@@ -108,27 +115,40 @@ def of_device(device: Device, threads: tuple[int, int] | None = None) -> Rates:
     )
 
 
+def _counts(device: Device, few: int, most: int) -> list[int]:
+    """`few` threads for generation, and others that may do better, where it is known how long
+    arithmetic takes.
+    """
+    more = [n for n in device.more_threads if few < n <= most]
+    return [few, *(more if more and _core(device.cores[0].kind).row else [])]
+
+
 def threads(
     matrices: "Sequence[Matrix]", machine: Cpus, device: Device | None = None
 ) -> tuple[int, int]:
     """Threads that do best with a model, for generation and for prompts, of those that may run
-    here; device: by default this machine.
+    here; device: by default this machine. Raises FormatError for a damaged file of a core.
     """
     device = device or devices.here()
     few, many = devices.threads(machine, device)
-    if len(device.decode_choices) > 1:
-        few = min(fastest(matrices, of_device(device)).threads[0], machine.threads)
+    counts = _counts(device, few, machine.threads)
+    if len(counts) > 1:
+        few = fastest(matrices, _predicted(device, counts, many)).threads[0]
     return few, many
 
 
 def fastest(matrices: "Sequence[Matrix]", rates: Rates) -> Rates:
-    """The rates with the number of threads that multiplies matrices with one token soonest."""
+    """With the number of threads that multiplies matrices with one token soonest, as `chosen_by`
+    says; attention, which is the smaller part but after long texts, has no say.
+    """
+    judge = rates.chosen_by or rates
 
     def total(of: Rates) -> float:
         return seconds(matrices, of)[2]
 
-    best = min(rates.others, key=total, default=rates)
-    return best if GAIN * total(best) < total(rates) else rates
+    best = min(judge.others, key=total, default=judge)
+    best = best if GAIN * total(best) < total(judge) else judge
+    return next(own for own in (rates, *rates.others) if own.threads[0] == best.threads[0])
 
 
 def seconds(matrices: "Sequence[Matrix]", rates: Rates) -> tuple[float, float, float]:
@@ -217,8 +237,8 @@ def measured(
     isa, machine = isas.choose(), cpus.find()
     few, many = threads or devices.threads(machine)
     _at_most(max(few, many), machine.usable, "this machine")
-    choices = [] if threads else devices.here().decode_choices
-    counts = [few, *(n for n in choices if n != few and n <= machine.threads)]
+    here = devices.here()
+    counts = [few] if threads else _counts(here, few, machine.threads)
     rates: dict[str, dict[str, float]] = {}
     wanted = sorted(set(formats))
     for kind, tokens in (("row", 1), ("tile", TOKENS)):
@@ -226,7 +246,7 @@ def measured(
         for name, rate in _probe({n: n in kept for n in wanted}, isa, tokens, progress).items():
             kept[name] = max(rate, kept.get(name, 0.0))
         cache.remember(f"rates-{kind}", isa, kept)
-        rates[kind] = {fmt: kept[fmt] for fmt in wanted}
+        rates[kind] = {name: kept[name] for name in wanted}
     dot = limits.products(many, machine.usable)
     tile = {fmt: rate * many * TOGETHER for fmt, rate in rates["tile"].items()}
     usual, *others = (
@@ -240,7 +260,9 @@ def measured(
         )
         for count in counts
     )
-    return replace(usual, others=tuple(others))
+    # The engine does not measure before it starts.
+    judge = _predicted(here, counts, many) if others else None
+    return replace(usual, others=tuple(others), chosen_by=judge)
 
 
 def _sane(kept: dict[str, Any] | None) -> dict[str, float]:

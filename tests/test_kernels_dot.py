@@ -78,7 +78,9 @@ def test_a_damaged_scale_shows(isa: str, value: float, rng: np.random.Generator)
     """NaN and infinity in a file reach the result: they do not turn into plausible numbers."""
     for name in QUANTIZED:
         fmt = blocks.get(name)
-        fields = blocks.unpack(kit.packed(fmt, 1, 3 * fmt.block, rng), fmt)
-        fields["d"][0, 1] = value
         x = kit.quantize(rng.standard_normal((1, 3 * fmt.block)).astype(np.float32))
-        assert not np.isfinite(product(isa, fmt, blocks.pack(fields, fmt), x)), name
+        for scale in {"d", "dmin"} & fmt.fields.keys():
+            fields = blocks.unpack(kit.packed(fmt, 1, 3 * fmt.block, rng), fmt)
+            fields[scale][0, 1] = value
+            found = product(isa, fmt, blocks.pack(fields, fmt), x)
+            assert not np.isfinite(found), (name, scale)

@@ -9,7 +9,7 @@ from llvmlite import ir
 
 from edgeq.errors import KernelError
 from edgeq.kernels import isa as isas
-from edgeq.kernels.llvm import F16, F32, I8, I32, Emit, Value, vector
+from edgeq.kernels.llvm import F16, F32, I8, I16, I32, Emit, Value, vector
 
 HALVES = np.arange(65536, dtype=np.uint16)
 
@@ -141,6 +141,24 @@ def test_sums_are_as_long_as_they_may_be(peak: int) -> None:
     w, x = np.full((1, 8, 32), peak, np.int8), np.full((1, 8, 32), 127, np.int8)
     assert (summed("neon", peak, w, x) == 32 * 127 * peak).all()
     assert (summed("neon", peak // 2, w, x) != 32 * 127 * peak).any()
+
+
+@pytest.mark.parametrize("lanes", [8, 16])
+@pytest.mark.parametrize("isa", ACROSS)
+def test_neighbours(isa: str, lanes: int, rng: np.random.Generator) -> None:
+    def emit(e: Emit, v: Value, out: Value, count: Value) -> None:
+        def body(i: Value) -> None:
+            source = e.at(e.pointer(v), e.b.mul(i, e.i64(2 * lanes)))
+            total = e.isa.neighbours(e, e.load(vector(I16, lanes), source))
+            e.store(total, e.pointer(out), e.b.mul(i, e.i64(2 * lanes)))
+
+        each_vector(e, count, body)
+
+    v = rng.integers(-32768, 32768, (20, lanes)).astype(np.int16)
+    v[:3, :2] = [[-32768, -32768], [32767, 32767], [-32768, 32767]]
+    out = np.zeros((20, lanes // 2), np.int32)
+    word(isa, emit, "iii")(v, out, len(v))
+    np.testing.assert_array_equal(out, v.astype(np.int32).reshape(20, -1, 2).sum(-1))
 
 
 # -- lookup ----------------------------------------------------------------------------------------

@@ -253,7 +253,8 @@ def _machine_lines(place: _Place, options: dict[str, Any], found: "list[Row]") -
     if place.rates:
         few, many = place.rates.threads
         other = sorted({row.threads for row in found if row.threads} - {few})
-        counts = f"{few}, or {other[-1]} where arithmetic takes longer" if other else f"{few}"
+        more = " or ".join(map(str, other))
+        counts = f"{few}, or {more} where arithmetic takes longer" if other else f"{few}"
         counts += f"; prompts {many}" if other or few != many else ""
         lines += [f"{place.rates.read:.3g} GB/s {place.rates.source}", f"threads: {counts}"]
     if options["efficiency"]:

@@ -85,9 +85,12 @@ def _threads(system: System) -> Finding:
     allowed = _allowed(system)
     found = cpus.find(system.root, allowed or None)
     online = sysfs.cpu_list(system.root / _CPU / "online")
-    decode, prefill = devices.threads(found, devices.here(system.root))
+    device = devices.here(system.root)
+    decode, prefill = devices.threads(found, device)
+    more = [n for n in device.more_threads if decode < n <= found.threads]
     values = {"cores": len(found.cores), "decode": decode, "prefill": prefill, "quota": found.quota}
-    text = f"{decode} for answers, {prefill} for prompts; {_cores(found)}"
+    some = f" ({more[-1]} with formats that take long)" if more else ""
+    text = f"{decode} for answers{some}, {prefill} for prompts; {_cores(found)}"
     if found.quota is not None and found.quota < len(found.cores):
         text += f"; a control group allows {found.quota:g} CPUs' worth of time"
         remedy = "raise CPUQuota= of the service, or --cpus of the container"

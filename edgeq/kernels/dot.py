@@ -200,7 +200,7 @@ def _steps_across(
         for column, total in zip(_here(e, c, columns, i), totals, strict=True):
             if m is not None:
                 xs = e.load(m.type, column.xs)
-                total = _add_minimums(e, m, e.b.fneg(xs) if subtracted(c) else xs, total)
+                total = e.fma(m, e.b.fneg(xs) if subtracted(c) else xs, total)
             new.append(e.fma(_part(e, c, w, sub, column), d, total))
         return new
 
@@ -290,14 +290,6 @@ def _peak(c: Coding) -> int:
         return max(map(abs, c.fmt.table))
     low, high = (limit - _behind(c) for limit in c.fmt.limits("q"))
     return max(-low, high)
-
-
-def _add_minimums(e: Emit, m: Value, xs: Value, total: Value) -> Value:
-    n = total.type.count
-    for k in range(0, m.type.count, n):
-        lanes = range(k, k + n)
-        total = e.fma(e.pick(m, lanes), e.pick(xs, lanes), total)
-    return total
 
 
 # -- float formats ---------------------------------------------------------------------------------
