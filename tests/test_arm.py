@@ -9,6 +9,7 @@ import signal
 import subprocess
 from pathlib import Path
 
+import numpy as np
 import pytest
 from arm import prepare
 
@@ -151,3 +152,28 @@ def test_the_demo_says_the_same(cpu: str, isa: str | None, model: Path) -> None:
     answers = [part.splitlines()[1] for part in shown.split("\n> ")[1:]]
     assert answers == ['{"device": "heater", "room": "garage", "state": "off"}', "Tokyo", "Sunday"]
     assert shown.strip().endswith(f", {isa or BOARDS[cpu]}")
+
+
+TEXT = "The heater in the garage is on. What day comes after Friday?"
+LOGITS = f"""
+import sys, numpy as np, edgeq
+with edgeq.load(sys.argv[1]) as model:
+    ids = model.tokenize({TEXT!r})
+    np.save(sys.argv[2], np.concatenate([model.logits(ids[:2]), model.logits(ids)]))
+"""
+
+
+@pytest.mark.arm
+@pytest.mark.parametrize("recipe", ["Q2_K", "Q5_0", "Q6_K"])
+@pytest.mark.parametrize("cpu", BOARDS)
+def test_logits_are_those_of_this_machine(cpu: str, recipe: str, tmp_path: Path) -> None:
+    """Of rows (few tokens) and of panels; a hundredth or two is off, as sums in another order round
+    some activations to other codes.
+    """
+    path = edgeq.convert(ROOT / "examples" / "tiny-home", tmp_path / "m.gguf", recipe, method="rtn")
+    with edgeq.load(path) as model:
+        ids = model.tokenize(TEXT)
+        here = np.concatenate([model.logits(ids[:2]), model.logits(ids)])
+    output(cpu, "python", "-c", LOGITS, path, tmp_path / "there.npy")
+    error = np.load(tmp_path / "there.npy") - here
+    assert (error.std(axis=1) < 0.05 * here.std(axis=1)).all()
