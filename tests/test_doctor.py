@@ -47,7 +47,9 @@ def test_a_board_with_a_weak_supply(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_a_healthy_board(tmp_path: Path) -> None:
     found = look(plant(tmp_path, machines.HEALTHY), machines.HEALTHY_TOOL)
     assert {f.topic for f in found.values() if f.state in ("warn", "fail")} == set()
-    assert found["threads"].text == "2 for answers, 4 for prompts; 4 cores"
+    assert found["threads"].text == (
+        "2 for answers (4 with formats that take long), 4 for prompts; 4 cores"
+    )
     assert found["throttling"].text == "none now (0x0)"
     assert found["temperature"].text == "51 °C, slowed down from 80 °C on"
     assert found["swap"].text == "0 B of 2.0 GiB used: compressed RAM (/dev/zram0)"
