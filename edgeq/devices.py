@@ -151,17 +151,16 @@ class Device:
         sizes = sorted(self.ram_gib) if len(self.ram_gib) > 1 else []
         return [self.id, *(f"{self.id}-{size:g}gb" for size in sizes)]
 
-    @property
-    def more_threads(self) -> list[int]:
-        """Larger numbers of threads than usual that may generate best where arithmetic takes longer
-        than memory: those whose reading was measured.
+    def more_threads(self, few: int, most: int) -> list[int]:
+        """Numbers of threads above `few`, up to `most`, that may generate better where arithmetic
+        takes longer than memory: those whose reading was measured.
 
-        >>> get("rpi5").more_threads, get("rpi4").more_threads
-        ([4], [])
+        >>> [get("rpi5").more_threads(2, most) for most in (3, 4)], get("rpi4").more_threads(1, 4)
+        ([[], [4]], [])
         """
-        most = self.cores[0].count if self.cores else 0
+        fast = self.cores[0].count if self.cores else 0
         known = {r.threads for r in self.read if (r.kind, r.how) == ("measured", "read")}
-        return sorted(n for n in known if n and (self.decode_threads or most) < n <= most)
+        return sorted(n for n in known if n and few < n <= min(most, fast))
 
     def limit(self, threads: int) -> Read | None:
         """Read bandwidth with so many threads: measured with just as many if possible, else with

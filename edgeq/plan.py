@@ -5,7 +5,7 @@ are about as fast they are in each other's way, as a power mean of their times s
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import ModuleType
 from typing import Literal
 
@@ -91,11 +91,9 @@ def rows(
         threads = own.threads if own else (1, 1)
         need = file.ram(context, kv, threads, isa)
         largest = file.largest_context(ram, kv, threads, isa)
-        row = Row(file, context, need, need <= ram, largest, None, None)
-        if own:
-            prefill, decode = predict(file, own, kv, depth, efficiency)
-            row = replace(row, prefill=prefill, decode=decode, threads=own.threads[0])
-        found.append(row)
+        prefill, decode = predict(file, own, kv, depth, efficiency) if own else (None, None)
+        few = own.threads[0] if own else None
+        found.append(Row(file, context, need, need <= ram, largest, prefill, decode, few))
     return found
 
 

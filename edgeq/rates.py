@@ -119,7 +119,7 @@ def _counts(device: Device, few: int, most: int) -> list[int]:
     """`few` threads for generation, and others that may do better, where it is known how long
     arithmetic takes.
     """
-    more = [n for n in device.more_threads if few < n <= most]
+    more = device.more_threads(few, most)
     return [few, *(more if more and _core(device.cores[0].kind).row else [])]
 
 
@@ -146,9 +146,10 @@ def fastest(matrices: "Sequence[Matrix]", rates: Rates) -> Rates:
     def total(of: Rates) -> float:
         return seconds(matrices, of)[2]
 
-    best = min(judge.others, key=total, default=judge)
-    best = best if GAIN * total(best) < total(judge) else judge
-    return next(own for own in (rates, *rates.others) if own.threads[0] == best.threads[0])
+    best = min(judge.others, key=total, default=None)
+    if best is None or GAIN * total(best) >= total(judge):
+        return rates
+    return next(own for own in rates.others if own.threads == best.threads)
 
 
 def seconds(matrices: "Sequence[Matrix]", rates: Rates) -> tuple[float, float, float]:

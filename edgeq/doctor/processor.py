@@ -87,7 +87,7 @@ def _threads(system: System) -> Finding:
     online = sysfs.cpu_list(system.root / _CPU / "online")
     device = devices.here(system.root)
     decode, prefill = devices.threads(found, device)
-    more = [n for n in device.more_threads if decode < n <= found.threads]
+    more = device.more_threads(decode, found.threads)
     values = {"cores": len(found.cores), "decode": decode, "prefill": prefill, "quota": found.quota}
     some = f" ({more[-1]} with formats that take long)" if more else ""
     text = f"{decode} for answers{some}, {prefill} for prompts; {_cores(found)}"
